@@ -1,0 +1,96 @@
+"""The command line before it becomes a configuration: help, free text in overrides, and readable refusals.
+
+`python train.py recipe=sft prompt=你好，世界` reaches Hydra as `prompt='你好，世界'`: Hydra's grammar reads commas, blanks,
+`=`, brackets and bare Chinese as syntax, a person means text.
+"""
+
+import re
+from pathlib import Path
+
+from aquila_sft.config import nearest
+from aquila_sft.errors import UserError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+GROUPS = ("recipe", "scale", "debug", "model", "tokenizer", "data", "optim", "schedule", "lora")
+FREE_TEXT = ("prompt", "prompts", "system", "run_name", "output_dir", "model.path", "tokenizer.path",
+             "tokenizer.ranks", "tokenizer.system", "data.files")
+RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
+
+USAGE = """\
+Rebuild, instruction-tune and talk to Aquila-135M, one recipe a step.
+
+  accelerate launch train.py recipe=<recipe> [scale=<scale>] [key=value ...]
+  python train.py recipe=<recipe> ...            the same, one process
+  python train.py recipe=<recipe> ... --cfg      print the settings of that run and stop
+
+recipes
+{recipes}
+scales
+{scales}
+Every setting of a recipe is a line of `--cfg` and can be given as key=value: optim.lr=1e-4, data.files=my.jsonl,
+model.path=<folder or Hub id>, run_name=trial2, seed=7, debug=smoke (two steps, in a run directory of its own).
+Exit status: 0 done, 2 configuration or data at fault, 3 stopped by a signal (the same command goes on), 1 otherwise.
+"""
+
+
+def usage() -> str:
+    def listing(group: str) -> str:
+        lines = []
+        for file in sorted((RECIPES / group).glob("*.yaml")):
+            comments = [ln for ln in file.read_text("utf-8").splitlines() if ln.startswith("# ") and "@package" not in ln]
+            lines.append(f"  {file.stem:<12}{comments[0][2:]}")
+        return "\n".join(lines) + "\n"
+    return USAGE.format(recipes=listing("recipe"), scales=listing("scale"))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(f.stem for f in (RECIPES / group).glob("*.yaml"))
+
+
+def prepare_overrides(words: list[str]) -> list[str]:
+    """Command-line words as Hydra overrides, free text quoted. Raises UserError on what cannot be an override."""
+    overrides, seen = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+~")
+        if not equals or not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w.@/]*", key):
+            raise UserError(f"{word!r} is not of the form key=value (see python train.py --help)")
+        if key != name:
+            raise UserError(f"{word!r}: settings are neither added (+) nor removed (~); write {name}=value")
+        if name in seen:
+            raise UserError(f"{name} is given twice: {name}={seen[name]} and {name}={value}; keep one")
+        seen[name] = value
+        if name in GROUPS and value != "null" and value not in choices(name):
+            raise UserError(f"{name}={value} is not one of {', '.join(choices(name))}{nearest(value, choices(name))}")
+        if name == "data.files" and value[:1] == "[" and value[-1:] == "]":
+            items = [quoted(item.strip()) for item in value[1:-1].split(",") if item.strip()]
+            overrides.append(f"{name}=[{','.join(items)}]")
+        else:
+            overrides.append(f"{name}={quoted(value)}" if name in FREE_TEXT else word)
+    if "recipe" not in seen:
+        raise UserError(f"no recipe: add recipe=<one of {', '.join(choices('recipe'))}>; python train.py --help explains")
+    lengths = [name for name in RUN_LENGTHS if seen.get(name, "null") != "null"]
+    if len(lengths) == 1:                      # one decides: naming it on the command line unsets the recipe's own
+        overrides += [f"{name}=null" for name in RUN_LENGTHS if name not in seen]
+    overrides.append(f"scale_is_explicit={str('scale' in seen).lower()}")
+    return overrides
+
+
+def quoted(value: str) -> str:
+    """Text as a Hydra string literal; null and what is quoted already as they are.
+
+    `${` would be an interpolation, so it is escaped as OmegaConf wants it.
+    """
+    if value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return value
+    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'").replace("${", "\\${")
+    return f"'{value}'"
+
+
+def refused_override(message: str, words: list[str], keys: list[str]) -> str:
+    """One line for an override that Hydra refused: the word at fault, and the nearest valid key."""
+    values = dict(w.split("=", 1) for w in words)
+    for key, value in values.items():
+        if key not in GROUPS and key not in keys:
+            return f"{key}={value}: this recipe has no setting {key}{nearest(key, keys)}"
+    return " ".join(message.split())

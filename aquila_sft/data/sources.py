@@ -1,0 +1,104 @@
+"""Files of records, one at a time: parquet, jsonl (also .gz, .zst) and json arrays, from paths and globs.
+
+    paths, globs -> files -> (where, record | None)        where = "file:line", or "file:row" of a parquet file
+
+A line that is not a JSON object comes out as None and is the caller's to count: one bad line never ends a run.
+"""
+
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from aquila_sft.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+
+
+def find(patterns: list[str]) -> list[Path]:
+    """The files that paths and globs name, each once, sorted within a pattern. Raises UserError when one names none."""
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise UserError(f"data.files={pattern} is a folder; name its files, as in data.files={pattern}/*.parquet")
+        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        found = [f for f in found if f.is_file()]
+        if not found:
+            raise UserError(f"data.files={pattern}: no such file (working directory {Path.cwd()})")
+        files += [f for f in found if f not in files]
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"data.files={file}: unknown kind of file; readable are {', '.join(SUFFIXES)}")
+    return files
+
+
+def read(file: Path) -> Iterator[tuple[str, dict | None]]:
+    """Records of one file with their places. Raises UserError for a file that cannot be read at all."""
+    try:
+        if file.name.endswith(".parquet"):
+            yield from read_parquet(file)
+        elif file.name.endswith(".json"):
+            yield from read_array(file)
+        else:
+            yield from read_lines(file)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, dict | None]]:
+    with open_bytes(file) as stream:
+        # Bytes are split at \n only: str.splitlines would also split at U+0085 and U+2028 inside a record.
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{file}:{number}", parsed(line)
+
+
+def parsed(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def open_bytes(file: Path) -> io.BufferedIOBase:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    if file.suffix == ".zst":
+        import zstandard
+        return io.BufferedReader(zstandard.open(file, "rb"))
+    return open(file, "rb")
+
+
+def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
+    """A JSON array, or one object, or (as some name them) lines of JSON objects in a .json file."""
+    text = file.read_text("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        first = text.lstrip().split("\n", 1)[0].encode()
+        if isinstance(parsed(first), dict):
+            yield from read_lines(file)
+            return
+        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
+                        "it out of data.files") from None
+    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        yield f"{file}:{number}", record if isinstance(record, dict) else None
+
+
+def read_parquet(file: Path) -> Iterator[tuple[str, dict | None]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        number = 0
+        for batch in table.iter_batches(batch_size=1000):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", record
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file} is not a readable parquet file: {error}") from None

@@ -1,0 +1,97 @@
+"""What this machine can do, and what a run therefore uses: device, precision, attention, rows in a forward pass.
+
+Each choice comes with its reason, in words for the person at the terminal. What was asked for explicitly and is not
+possible stops the run; nothing falls back in silence.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from aquila_sft.config import Attention, Precision, Train
+from aquila_sft.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """How a run uses its device. `reasons`: one line for each choice."""
+
+    device: str                 # cuda, mps, cpu
+    precision: Precision        # of the matrix products; weights and optimizer stay fp32
+    attention: str              # the transformers name
+    reasons: list[str]
+
+
+def choose(train: Train) -> Choices:
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    precision, why_precision = choose_precision(train.precision, device)
+    attention, why_attention = choose_attention(train.attention, device)
+    return Choices(device, precision, attention, [
+        f"device {device}" + (f" ({torch.cuda.get_device_name()})" if device == "cuda" else
+                              f" ({torch.get_num_threads()} threads)" if device == "cpu" else ""),
+        f"precision {precision.value}: {why_precision}", f"attention {attention}: {why_attention}"])
+
+
+def choose_precision(asked: Precision, device: str) -> tuple[Precision, str]:
+    has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                "cpu": lambda: bool(bf16_instructions()), "mps": lambda: False}[device]()
+    if asked is Precision.fp16 and device != "cuda":
+        raise UserError(f"train.precision=fp16 needs a CUDA or ROCm GPU, and this device is {device}; use fp32 or auto")
+    if asked is Precision.bf16 and device == "cuda" and not has_bf16:
+        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp16, fp32 or auto")
+    if asked is not Precision.auto:
+        return asked, "asked for"
+    if has_bf16:
+        return Precision.bf16, f"matrix products in bf16 ({bf16_instructions()}), weights and sums in fp32" if (
+            device == "cpu") else "matrix products in bf16, weights and sums in fp32"
+    return Precision.fp32, {"cuda": "this GPU has no bf16; train.precision=fp16 is faster and scales the loss",
+                            "mps": "autocast is not used on Apple's MPS",
+                            "cpu": "this CPU has no bf16 instructions, bf16 would be slower"}[device]
+
+
+def bf16_instructions() -> str:
+    """The CPU's bf16 matrix instructions, '' for none."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
+
+
+def choose_attention(asked: Attention, device: str) -> tuple[str, str]:
+    """Packed rows need attention that keeps conversations apart; swap.check_isolation proves it for the one chosen."""
+    if asked is Attention.auto:
+        return "sdpa", "isolates packed conversations by their positions on every device"
+    if asked is Attention.flash_attention_2:
+        from transformers.utils import is_flash_attn_2_available
+        if not is_flash_attn_2_available():
+            raise UserError("train.attention=flash_attention_2: the flash-attn package or a GPU for it is missing; "
+                            "use train.attention=sdpa")
+    if asked is Attention.flex_attention and device != "cuda":
+        raise UserError(f"train.attention=flex_attention has no backward pass on {device}; use train.attention=sdpa")
+    return asked.value, "asked for"
+
+
+def micro_batch_rows(train: Train, rows_per_process: int, device: str) -> int:
+    """Rows of one forward pass: as asked, or the largest divisor of a process's rows that its memory should hold."""
+    if train.micro_batch_rows is not None:
+        if rows_per_process % train.micro_batch_rows:
+            raise UserError(f"train.micro_batch_rows={train.micro_batch_rows} does not divide the {rows_per_process} "
+                            "rows that one process has in a step (train.tokens_per_step / train.max_length / processes)")
+        return train.micro_batch_rows
+    # On a CPU more rows only cost memory. On a GPU the activations of Aquila-135M take about 0.6 MB a token in bf16;
+    # 512 tokens per GiB leave a good half of the memory to weights, optimizer and the loss.
+    tokens = 1024 if device != "cuda" else 512 * torch.cuda.get_device_properties(0).total_memory // 2**30
+    limit = max(1, tokens // train.max_length)
+    return max(n for n in range(1, min(limit, rows_per_process) + 1) if rows_per_process % n == 0)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the GPU where there is one, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,60 @@
+"""What a run says while it trains: a progress bar for the person, metrics.jsonl for everything else."""
+
+import json
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from aquila_sft import runtime
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a logged step, in order; a run that goes on continues where its checkpoint was."""
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        self.path = path
+        kept = [m for m in self.read() if m["step"] <= from_step]
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.started = time.monotonic()
+        if runtime.is_main():
+            path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+
+    def seconds(self) -> float:
+        """Training time so far, over all sittings."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def write(self, **figures: float | int | dict) -> None:
+        if runtime.is_main():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    def read(self) -> list[dict]:
+        """The objects so far; a line that a kill cut off is not one."""
+        if not self.path.is_file():
+            return []
+        lines = []
+        for line in self.path.read_text("utf-8").split("\n"):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return lines
+
+
+class Bar:
+    """Steps, loss, tokens a second and time left on stderr, from the main process."""
+
+    def __init__(self, total_steps: int, done_steps: int) -> None:
+        self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1,
+                        disable=not runtime.is_main(),
+                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
+
+    def step(self, steps: int) -> None:
+        self.bar.update(steps)
+
+    def show(self, loss: float, tokens_per_s: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,197 @@
+"""The run directory: what is in it, and what the same command does on it a second time.
+
+    no directory                     begin
+    unfinished, same identity        go on from the newest complete checkpoint
+    finished, same identity          reuse it, and say so
+    another identity                 refuse, with the keys that differ, unless overwrite=true
+
+The identity is everything that can change the weights: settings, and the content of data, base model and tokenizer.
+File names, logging and the number of processes are not part of it.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aquila_sft import runtime
+from aquila_sft.errors import UserError
+
+# Settings that cannot change the weights, or that the identity holds by content instead of by name.
+NOT_IDENTITY = {"run_name", "output_dir", "overwrite", "report_to", "recipe", "scale_is_explicit", "debug", "demo",
+                "data.files", "data.manifest", "data.subset", "model.path", "model.revision", "tokenizer.path",
+                "tokenizer.ranks", "train.micro_batch_rows", "train.logging_steps", "train.save_steps",
+                "train.eval_steps", "train.keep_checkpoints", "train.activation_checkpointing"}
+
+
+@dataclasses.dataclass
+class RunDir:
+    """Paths of one run, and the little state that says how far it is."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def summary(self) -> dict:
+        return read_json(self.path / "summary.json") or {}
+
+    def is_finished(self) -> bool:
+        return self.summary().get("status") == "done" and self.final.is_dir()
+
+    def write_summary(self, **figures: Any) -> None:
+        write_json(self.path / "summary.json", figures)
+
+
+@contextlib.contextmanager
+def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
+    """Apply the rule above and hold the directory's lock. Yields the run directory.
+
+    For the main process only. Raises UserError for a directory that is another run's, that is no run's, or that
+    another process trains in now.
+    """
+    run = RunDir(Path(cfg.output_dir))
+    make_folder(run.path)
+    with locked(run.path):
+        previous = read_json(run.path / "identity.json")
+        if previous is None:
+            strangers = [p.name for p in run.path.iterdir() if p.name not in (".lock", "summary.json")]
+            if strangers:
+                raise UserError(f"{run.path} is not empty and not a run directory (it holds {strangers[0]}); "
+                                "choose another with run_name= or output_dir=")
+        elif previous["sha256"] != digest(identity):
+            if not cfg.overwrite:
+                raise UserError(refusal(run.path, previous["identity"], identity))
+            for child in run.path.iterdir():
+                if child.name != ".lock":
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+        if not run.is_finished():
+            (run.path / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True),
+                                                  encoding="utf-8")
+            write_json(run.path / "env.json", environment())
+            write_json(run.path / "identity.json", {"sha256": digest(identity), "identity": identity})
+        yield run
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"output_dir={path} cannot be written: {error.strerror}; choose another") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One training at a time in a directory; the lock goes with the process, however it ends."""
+    with open(path / ".lock", "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process (pid {lock.read().strip() or 'unknown'}) trains in {path}; two runs "
+                            "need two run_name=, and several processes of one run a launcher (README, 'Launching')"
+                            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def refusal(path: Path, old: dict, new: dict) -> str:
+    differing = [f"{k}: {old.get(k, 'absent')} there, {new.get(k, 'absent')} now"
+                 for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return (f"{path} holds a run of another configuration ({digest(old)[:12]} there, {digest(new)[:12]} now; "
+            f"{'; '.join(differing)}); give this one a run_name= of its own, or overwrite=true to delete that run")
+
+
+def identity_of(cfg: Any, **contents: str) -> dict:
+    """Flat settings that can change the weights, and content hashes (`data=…, base=…, tokenizer=…`)."""
+    return {k: v for k, v in flat(plain(cfg)).items() if k not in NOT_IDENTITY} | contents
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    items: dict = {}
+    for key, value in tree.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+def plain(cfg: Any) -> dict:
+    """A dataclass as dicts, lists, strings and numbers."""
+    def value(v: Any) -> Any:
+        return v.value if isinstance(v, enum.Enum) else v
+    return dataclasses.asdict(cfg, dict_factory=lambda pairs: {k: value(v) for k, v in pairs})
+
+
+def digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def files_sha256(files: list[Path]) -> str:
+    """One hash over the bytes of files, in order; names do not count."""
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def environment() -> dict:
+    """What a number in this directory was produced with."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
+                                  timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("aquila-sft", "torch", "triton", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers",
+                "hydra-core", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain")),
+            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
+            "processes": runtime.world_size(), "versions": versions}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or choose another run_name=") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, also when the process is killed while writing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, ensure_ascii=False, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)

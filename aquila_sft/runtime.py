@@ -1,0 +1,137 @@
+"""The processes of a run: who they are, what they may use, and how they end.
+
+`rank()` and `world_size()` read what a launcher left in the environment, so they work before any process group exists.
+`settle()` is called once, first thing in a stage, before torch is imported: no telemetry, no host look-ups when all is
+local, no worker left behind by a dead launcher.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+from aquila_sft.errors import Stopped, UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal, from the main process only."""
+    if is_main():
+        print(text, flush=True)
+
+
+def settle(*, offline: bool) -> None:
+    """Environment of a training process. `offline`: everything is local, so no host may be looked up."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if launched():
+        die_with_parent()
+
+
+def launched() -> bool:
+    """True under `accelerate launch` or torchrun."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def die_with_parent() -> None:
+    """On Linux: SIGTERM for this process when its launcher dies, so that a worker never trains on as an orphan."""
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() == 1 and os.environ.get("AQUILA_LAUNCHER_IS_INIT") != "1":
+        # The launcher died before the line above. In a container it may really be process 1: then say so in the
+        # environment, there is nobody left to inherit the worker anyway.
+        raise Stopped("the launcher of this worker is gone")
+
+
+def set_threads(world_size: int = 1) -> int:
+    """All cores, shared among the processes of this machine; returns the number of threads of this one.
+
+    `accelerate launch` exports OMP_NUM_THREADS=1 for CPU runs, which would leave all but one core idle. A number that
+    the user exported for a plain `python train.py` is respected.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ and not launched():
+        return torch.get_num_threads()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    threads = max(1, len(os.sched_getaffinity(0)) // local) if hasattr(os, "sched_getaffinity") else (
+        max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[bool]:
+    """The main process runs the body first, alone; the others run it after it succeeded. Yields is_main().
+
+    Used where the body writes files that the others then read. The wait is a gloo group of its own without a practical
+    time limit, gone before training begins: tokenizing a large set must not end in a collective's time-out. When the
+    main process fails, the others leave with one line instead of waiting for ever.
+    """
+    if world_size() == 1:
+        yield True
+        return
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    failed = torch.zeros(1)
+    try:
+        if is_main():
+            try:
+                yield True
+            except BaseException:
+                failed += 1
+                raise
+            finally:
+                dist.broadcast(failed, src=0)
+        else:
+            dist.broadcast(failed, src=0)
+            if failed:
+                raise UserError("the main process stopped while preparing; its message says why")
+            yield False
+    finally:
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step's end; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.previous: dict = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.name == "SIGINT":
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+        os.write(2, f"\n{self.name}: finishing the step and writing a checkpoint …\n".encode())

@@ -1,0 +1,233 @@
+"""TRL's SFTTrainer with our rows, our loss, our checkpoints, our log; everything we hand it is in `arguments`.
+
+What is overridden, and why:
+    compute_loss      one loss definition: sum over supervised tokens / their count over micro-batches and processes
+    create_scheduler  schedule.py: a first step that moves, a last one that is not wasted
+    evaluate          by language (evaluate.py)
+    _save_checkpoint  complete or absent (checkpoint.py)
+    log               metrics.jsonl
+
+The data set that the Trainer sees is the list of places of the run, 0, 1, 2, …; the collator turns places into packed
+rows (RowOrder, PackedRows). So the order is a pure function of the seed, going on is exact, and costs nothing.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from aquila_sft import checkpoint, runtime, schedule, swap
+from aquila_sft.config import Precision, SftRun
+from aquila_sft.data.sft_set import PackedRows, RowOrder
+from aquila_sft.device import Choices, micro_batch_rows, peak_memory_bytes
+from aquila_sft.errors import UserError
+from aquila_sft.log import Bar, MetricsFile
+from aquila_sft.model import state_rope_theta
+from aquila_sft.tokenizer import save_tokenizer
+
+
+class Plan:
+    """How many steps of how many rows, from lengths given in steps, tokens or epochs."""
+
+    def __init__(self, cfg: SftRun, num_rows: int, device: str) -> None:
+        train, world = cfg.train, runtime.world_size()
+        self.rows_per_step = train.tokens_per_step // train.max_length
+        if self.rows_per_step % world:
+            unit = world * train.max_length
+            raise UserError(f"train.tokens_per_step={train.tokens_per_step} is not a multiple of processes x "
+                            f"train.max_length = {world} x {train.max_length} = {unit}; use "
+                            f"{-(-train.tokens_per_step // unit) * unit}")
+        self.micro_rows = micro_batch_rows(train, self.rows_per_step // world, device)
+        self.accumulation = self.rows_per_step // world // self.micro_rows
+        if train.num_epochs is not None:
+            self.end = math.ceil(num_rows * train.num_epochs)              # in places: rows to be trained on
+            self.steps = math.ceil(self.end / self.rows_per_step)
+        else:
+            tokens = train.total_tokens or 0
+            self.steps = train.max_steps or math.ceil(tokens / train.tokens_per_step)
+            self.end = self.steps * self.rows_per_step
+        if cfg.debug == "smoke":
+            self.steps = min(self.steps, 2)
+        self.places = self.steps * self.rows_per_step
+        self.epochs = self.places / num_rows
+
+
+def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTConfig:
+    """Every setting that TRL and transformers get. What is not named here keeps its default on purpose."""
+    return SFTConfig(
+        output_dir=str(folder), seed=cfg.seed, report_to=cfg.report_to or "none",
+        per_device_train_batch_size=plan.micro_rows, gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps, train_sampling_strategy="sequential", dataloader_num_workers=0,
+        remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        optim="adamw_torch_fused", learning_rate=cfg.optim.lr, adam_beta1=cfg.optim.betas[0],
+        adam_beta2=cfg.optim.betas[1], adam_epsilon=cfg.optim.eps, weight_decay=cfg.optim.weight_decay,
+        max_grad_norm=cfg.optim.max_grad_norm,
+        use_cpu=choices.device == "cpu", bf16=choices.precision is Precision.bf16,
+        fp16=choices.precision is Precision.fp16, activation_checkpointing=cfg.train.activation_checkpointing,
+        ddp_find_unused_parameters=False, average_tokens_across_devices=True,
+        logging_strategy="steps", logging_steps=cfg.train.logging_steps, logging_nan_inf_filter=False,
+        save_strategy="steps", save_steps=cfg.train.save_steps, eval_strategy="no", disable_tqdm=True)
+
+
+class SftTrainer(SFTTrainer):
+    loss_is_scaled_for_ga = True        # compute_loss divides by the global count; nothing is left to divide
+
+    def __init__(self, cfg: SftRun, *, model: torch.nn.Module, tokenizer: object, rows: PackedRows, plan: Plan,
+                 choices: Choices, folder: Path, metrics: MetricsFile, stop: runtime.StopSignal,
+                 evaluation: Callable[[torch.nn.Module], dict]) -> None:
+        self.cfg, self.plan, self.metrics, self.evaluation = cfg, plan, metrics, evaluation
+        self.checkpoints = folder / "checkpoints"
+        order = RowOrder(len(rows), cfg.seed, plan.end)
+        super().__init__(
+            model=model, args=arguments(cfg, plan, choices, self.checkpoints), processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"place": np.arange(plan.places)}),
+            data_collator=partial(collate, rows=rows, order=order, length=cfg.train.max_length,
+                                  pad_id=tokenizer.pad_token_id))
+        if self.args.world_size != runtime.world_size():
+            raise UserError(f"{runtime.world_size()} processes were launched, but this one trains in a world of "
+                            f"{self.args.world_size}: they would train apart (README, 'Launching')")
+        swap.install_loss(self.model)       # after TRL installed its own fused head
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.narrator = Narrator(self, order, rows.row_tokens(), stop)
+        self.add_callback(self.narrator)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of -log p over this micro-batch's targets / targets of the whole step, all processes and micro-batches.
+
+        A mean of means would weigh tokens in emptier rows more. DDP averages gradients over processes, hence the
+        factor at the end.
+        """
+        if num_items_in_batch is None or return_outputs:
+            raise RuntimeError("the Trainer did not count this step's supervised tokens; its interface has changed")
+        loss_sum = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"],
+                         targets=swap.targets_of(inputs["labels"])).loss
+        return loss_sum / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                partial(schedule.multiplier, schedule=self.cfg.schedule, total_steps=num_training_steps))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        results = self.evaluation(self.model)
+        flat = {f"{metric_key_prefix}_{name}_{language}": value for language, figures in results.items()
+                for name, value in figures.items() if name != "answer_bytes"}
+        self.log(flat)
+        return flat
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        Trainer.log(self, logs, start_time)          # TRL's adds entropy and accuracy, which cost logits
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer writes into a folder aside; what it wrote is then committed under its real name.
+
+        Called with every process; a non-finite loss stops the run before it can replace a good checkpoint.
+        """
+        self.narrator.check_finite(self._tr_loss, self.state.global_step)
+        step = self.state.global_step
+        self.aside = self.checkpoints / f".writing-{step:06d}"
+        Trainer._save_checkpoint(self, model, trial)         # not TRL's: that writes a model card first
+        barrier()
+        if runtime.is_main():
+            written = self.aside / f"checkpoint-{step}"
+            (written / "training_args.bin").unlink(missing_ok=True)          # a pickle that nothing reads
+            save_tokenizer(self.processing_class, written)
+            state_rope_theta(written)
+            checkpoint.commit(written, checkpoint.folder(self.checkpoints, step), step=step,
+                              places=step * self.plan.rows_per_step)
+            self.aside.rmdir()
+            checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
+        barrier()
+
+    def _get_output_dir(self, trial):
+        return str(getattr(self, "aside", self.checkpoints))
+
+
+def collate(places: list[dict], *, rows: PackedRows, order: RowOrder, length: int, pad_id: int) -> dict:
+    return rows.batch([order(p["place"]) for p in places], length, pad_id)
+
+
+def barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+class Narrator(TrainerCallback):
+    """Counts tokens on the host, keeps the bar and metrics.jsonl, asks for evaluations, and hears the stop signal."""
+
+    def __init__(self, trainer: SftTrainer, order: RowOrder, row_tokens: np.ndarray, stop: runtime.StopSignal) -> None:
+        self.trainer, self.stop = trainer, stop
+        self.order = RowOrder(order.num_rows, order.seed, order.end)      # its own: the loader's runs ahead
+        self.row_tokens = row_tokens
+        self.tokens = self.counted_steps = 0
+        self.loss = math.nan
+        self.bar: Bar | None = None
+
+    def count_to(self, step: int) -> int:
+        """Tokens trained on in the first `step` steps, padding not counted."""
+        per_step = self.trainer.plan.rows_per_step
+        for place in range(self.counted_steps * per_step, step * per_step):
+            row = self.order(place)
+            self.tokens += int(self.row_tokens[row]) if row >= 0 else 0
+        self.counted_steps = step
+        return self.tokens
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.shown_steps = state.global_step
+        self.last_time, self.last_tokens = time.monotonic(), self.count_to(state.global_step)
+        self.bar = Bar(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.bar.step(1)
+        every = self.trainer.cfg.train.eval_steps
+        control.should_evaluate = bool(every) and state.global_step % every == 0 and state.global_step < state.max_steps
+        if self.asked_to_stop(state.global_step, args.logging_steps):
+            control.should_save = control.should_training_stop = True
+
+    def asked_to_stop(self, step: int, every: int) -> bool:
+        """The same answer in every process: asked together, at logging steps only, because asking synchronises."""
+        if runtime.world_size() == 1:
+            return self.stop.name is not None
+        if step % every:
+            return False
+        asked = torch.tensor(float(self.stop.name is not None), device=self.trainer.args.device)
+        dist.all_reduce(asked)
+        return bool(asked)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_) -> None:
+        metrics = self.trainer.metrics
+        if "loss" in logs:
+            self.loss = logs["loss"]
+            self.check_finite(torch.tensor(self.loss), state.global_step)
+            tokens, now = self.count_to(state.global_step), time.monotonic()
+            tokens_per_s = (tokens - self.last_tokens) / (now - self.last_time)
+            metrics.write(step=state.global_step, tokens=tokens, loss=self.loss, lr=logs["learning_rate"],
+                          grad_norm=logs.get("grad_norm"), tokens_per_s=round(tokens_per_s, 1),
+                          peak_memory_bytes=peak_memory_bytes(), seconds=round(metrics.seconds(), 2))
+            self.last_time, self.last_tokens = now, tokens
+            self.bar.show(self.loss, tokens_per_s)
+        elif evaluated := {k: v for k, v in logs.items() if k.startswith("eval_")}:
+            metrics.write(step=state.global_step, tokens=self.count_to(state.global_step),
+                          seconds=round(metrics.seconds(), 2), **evaluated)
+
+    def check_finite(self, loss: torch.Tensor, step: int) -> None:
+        if not torch.isfinite(loss).all():
+            good = checkpoint.newest(self.trainer.checkpoints)
+            raise UserError(f"the loss is {loss.item()} at step {step}; lower optim.lr={self.trainer.cfg.optim.lr} or look at "
+                            f"the data; last good checkpoint: {good.name if good else 'none'}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.bar.close()

@@ -1,0 +1,1 @@
+"""Operations for small language models with large vocabularies; knows only torch and Triton."""

@@ -1,0 +1,314 @@
+"""linear_cross_entropy and linear_log_probs against the plain-torch specification, called in fp64."""
+
+import pytest
+import torch
+from aquila_kernels import reference
+from aquila_kernels.linear_cross_entropy import _TorchLossSum, linear_cross_entropy, linear_log_probs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+IGNORE = -100
+# N tokens, H hidden, V vocabulary: one row; one column; ragged; more rows than columns of a chunk.
+SHAPES = [(1, 8, 7), (5, 3, 1), (7, 64, 300), (33, 72, 1001), (130, 16, 4097)]
+SMALL_BUDGET = 50_000  # bytes: several chunks, the last one narrower, at every shape but the smallest
+
+
+def seeded(rows=33, hidden=72, vocab=1001, *, dtype=torch.float64, ignored_frac=0.3, seed=0):
+    """Inputs with peaked and flat rows: logits have standard deviations from 0.1 to 8 over the rows."""
+    rng = torch.Generator().manual_seed(seed)
+    h = torch.randn(rows, hidden, generator=rng) * torch.linspace(0.1, 8, rows)[:, None]
+    w = torch.randn(vocab, hidden, generator=rng) / hidden**0.5
+    target = torch.randint(0, vocab, (rows,), generator=rng)
+    target[torch.rand(rows, generator=rng) < ignored_frac] = IGNORE
+    return h.to(dtype), w.to(dtype), target
+
+
+def loss_and_grads(loss_fn, h, w, target, upstream=1.0, **kwargs):
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    loss = loss_fn(h, w, target, **kwargs)
+    (loss * upstream).backward()
+    return loss.detach(), h.grad, w.grad
+
+
+def assert_equal_to_rounding(got, want, eps):
+    """The largest error is within `eps` of the largest entry (entries of one gradient share a scale)."""
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a.isnan(), b.isnan())
+        error, scale = (a.double() - b.double()).nan_to_num().abs(), b.double().nan_to_num().abs()
+        assert error.numel() == 0 or error.max() <= eps * scale.max()
+
+
+# fp64 sums of up to 4097 terms; fp32 logits up to ~30, whose rounding (2e-6) is a relative error of exp.
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignored_frac", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_match_the_reference(shape, ignored_frac, reduction, dtype, eps):
+    h, w, target = seeded(*shape, dtype=dtype, ignored_frac=ignored_frac)
+    h64, w64 = h.double(), w.double()
+    exact = loss_and_grads(reference.linear_cross_entropy, h64, w64, target, reduction=reduction)
+    for budget in (None, SMALL_BUDGET):
+        ours = loss_and_grads(
+            linear_cross_entropy, h, w, target, reduction=reduction, memory_budget_bytes=budget
+        )
+        assert [t.dtype for t in ours] == [dtype] * 3
+        assert_equal_to_rounding(ours, exact, eps)
+
+
+def test_a_budget_below_one_column_means_one_column_at_a_time():
+    h, w, target = seeded(7, 8, 100)
+    got = loss_and_grads(linear_cross_entropy, h, w, target, memory_budget_bytes=1)
+    assert_equal_to_rounding(got, loss_and_grads(reference.linear_cross_entropy, h, w, target), 1e-13)
+
+
+def test_gradients_are_the_derivative_of_the_loss():
+    h, w, target = seeded(5, 4, 11)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, target, num_items=3), (h, w))
+
+
+@pytest.mark.parametrize("reduction, loss", [("sum", 0.0), ("mean", float("nan"))])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_without_targets_loss_is_0_or_nan_as_in_torch_and_gradients_are_0(rows, reduction, loss):
+    h, w, target = seeded(rows, 8, 30, dtype=torch.float32, ignored_frac=1.0)
+    got, dh, dw = loss_and_grads(linear_cross_entropy, h, w, target, reduction=reduction)
+    want = torch.nn.functional.cross_entropy(h @ w.T, target, reduction=reduction)
+    torch.testing.assert_close(got, torch.tensor(loss), equal_nan=True)
+    torch.testing.assert_close(want, torch.tensor(loss), equal_nan=True)
+    assert torch.equal(dh, torch.zeros_like(h)) and torch.equal(dw, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("num_items", [17, torch.tensor(17), torch.tensor([17.0])])
+def test_num_items_replaces_the_count_of_targets(num_items):
+    h, w, target = seeded()
+    want = loss_and_grads(reference.linear_cross_entropy, h, w, target, reduction="sum", upstream=1 / 17)
+    for reduction in ("mean", "sum"):
+        loss, *grads = loss_and_grads(
+            linear_cross_entropy, h, w, target, reduction=reduction, num_items=num_items
+        )
+        assert loss.shape == ()
+        assert_equal_to_rounding((loss * 17, *grads), want, 1e-13)
+
+
+def test_two_micro_batches_with_the_same_num_items_sum_to_the_whole():
+    h, w, target = seeded()
+    num_items = (target != IGNORE).sum()
+    loss, dh, dw = loss_and_grads(linear_cross_entropy, h, w, target)
+    halves = [
+        loss_and_grads(linear_cross_entropy, h[rows], w, target[rows], num_items=num_items)
+        for rows in (slice(0, 10), slice(10, None))
+    ]
+    summed = halves[0][0] + halves[1][0], torch.cat([halves[0][1], halves[1][1]]), halves[0][2] + halves[1][2]
+    assert_equal_to_rounding(summed, (loss, dh, dw), 1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_is_no_worse_than_the_plain_bf16_loss(shape):
+    h, w, target = seeded(*shape, dtype=torch.bfloat16)
+    exact = loss_and_grads(reference.linear_cross_entropy, h.double(), w.double(), target, reduction="sum")
+    plain = loss_and_grads(reference.linear_cross_entropy, h, w, target, reduction="sum")
+    for budget in (None, SMALL_BUDGET):
+        ours = loss_and_grads(linear_cross_entropy, h, w, target, reduction="sum", memory_budget_bytes=budget)
+        assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
+        for a, b, e in zip(ours, plain, exact, strict=True):
+            # Both round logits, dlogits and the result to bf16; how the errors fall differs by a rounding.
+            assert (a.double() - e).norm() <= (b.double() - e).norm() + 2**-8 * e.norm()
+
+
+def test_autocast_sets_the_dtype_of_the_products_and_compute_dtype_overrides_it():
+    h, w, target = seeded(dtype=torch.float32)
+    in_bf16 = loss_and_grads(linear_cross_entropy, h, w, target, compute_dtype=torch.bfloat16)
+    in_fp32 = loss_and_grads(linear_cross_entropy, h, w, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # backward runs inside as well
+        by_autocast = loss_and_grads(linear_cross_entropy, h, w, target)
+        overridden = loss_and_grads(linear_cross_entropy, h, w, target, compute_dtype=torch.float32)
+    assert [t.dtype for t in by_autocast] == [torch.float32] * 3
+    assert all(map(torch.equal, by_autocast, in_bf16))
+    assert all(map(torch.equal, overridden, in_fp32))
+    assert not torch.equal(in_bf16[0], in_fp32[0])
+
+
+def test_bf16_products_keep_the_gradient_of_a_confident_row():
+    # p is within 1e-3 of 1: bf16(p) - 1 would be 0 or -2**-9, and the row's gradient wrong or gone.
+    h, w = torch.tensor([[8.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    target = torch.tensor([0])
+    _, dh, _ = loss_and_grads(linear_cross_entropy, h, w, target, compute_dtype=torch.bfloat16)
+    _, exact, _ = loss_and_grads(reference.linear_cross_entropy, h.double(), w.double(), target)
+    assert (dh - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+def test_a_common_offset_of_all_logits_changes_nothing():
+    h, w, target = seeded(dtype=torch.float32, ignored_frac=0)
+    offset = torch.cat([h, torch.full((33, 1), 1e4)], 1), torch.cat([w, torch.ones(1001, 1)], 1)
+    loss = linear_cross_entropy(*offset, target)
+    # Logits near 1e4 are rounded to 2**-10 in fp32.
+    torch.testing.assert_close(loss, linear_cross_entropy(h, w, target), rtol=0, atol=2**-9)
+
+
+class LargestTensors(TorchDispatchMode):
+    """Records the size of every tensor that an operation returns, and counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.numels, self.num_products = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numels.add(t.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [None, 2**18])
+def test_no_tensor_has_the_size_of_the_logits(dtype, budget):
+    rows, hidden, vocab = 512, 8, 3001  # far fewer hidden than rows, so that weight's gradient is small too
+    h, w, target = seeded(rows, hidden, vocab, dtype=dtype, ignored_frac=0)
+    with LargestTensors() as plain:
+        loss_and_grads(reference.linear_cross_entropy, h, w, target)
+    assert max(plain.numels) == rows * vocab  # the instrument sees the logits where they exist
+    with LargestTensors() as ours:
+        loss_and_grads(linear_cross_entropy, h, w, target, memory_budget_bytes=budget)
+        linear_log_probs(h, w, target, memory_budget_bytes=budget)
+    # Unless told otherwise half the vocabulary at most; told, no more than the budget (inputs are smaller).
+    assert max(ours.numels) <= (rows * (vocab // 2 + 1) if budget is None else budget // 4)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_costs_no_gradient(frozen):
+    h, w, target = seeded(dtype=torch.float32)
+    _, dh, dw = loss_and_grads(linear_cross_entropy, h, w, target)
+    h.requires_grad_(frozen != "hidden"), w.requires_grad_(frozen != "weight")
+    with LargestTensors() as ours:
+        linear_cross_entropy(h, w, target).backward()
+    num_chunks = 3  # 448 + 448 + 105 columns
+    assert ours.num_products == num_chunks * 3  # forward, again in backward, and one gradient
+    if frozen == "hidden":
+        assert h.grad is None and torch.equal(w.grad, dw)
+    else:
+        assert w.grad is None and torch.equal(h.grad, dh)
+        assert w.numel() not in ours.numels
+
+
+def test_only_rows_with_a_target_are_computed_on_cpu():
+    h, w, target = seeded(rows=200, hidden=4, ignored_frac=0.8, dtype=torch.float32)
+    num_targets = int((target != IGNORE).sum())
+    with LargestTensors() as ours:
+        loss_and_grads(linear_cross_entropy, h, w, target)
+    assert max(ours.numels) == num_targets * 448  # the widest chunk of half the vocabulary, in steps of 64
+
+
+@pytest.mark.parametrize("ignored_frac", [0.4, 1.0])
+def test_computing_all_rows_and_masking_as_other_devices_do_gives_the_same(ignored_frac):
+    h, w, target = seeded(ignored_frac=ignored_frac)
+
+    def masked(h, w, target):
+        num_targets = (target != IGNORE).sum()  # 0 makes the upstream gradient infinite
+        return _TorchLossSum.apply(h, w, target, target != IGNORE, h.dtype, None) / num_targets
+
+    got = loss_and_grads(masked, h, w, target)
+    assert_equal_to_rounding(got, loss_and_grads(linear_cross_entropy, h, w, target), 1e-13)
+    target[3] = 1001  # cannot be refused without waiting for the device
+    assert masked(h, w, target).isnan()
+
+
+def test_nothing_is_saved_without_gradients_and_only_the_inputs_and_lse_with_them():
+    h, w, target = seeded(ignored_frac=0, dtype=torch.float32)
+    h.requires_grad_(), w.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            loss = linear_cross_entropy(h, w, target)
+        assert loss.grad_fn is None and not saved
+        linear_cross_entropy(h, w, target)
+    assert sum(t.numel() for t in saved if t.data_ptr() not in (h.data_ptr(), w.data_ptr())) <= 3 * 33 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_twice_gives_the_same_gradients_and_writes_to_no_input(dtype):
+    h, w, target = seeded(dtype=dtype)
+    h.requires_grad_(), w.requires_grad_()
+    num_items, before = torch.tensor(5), [t.detach().clone() for t in (h, w, target)]
+    loss = linear_cross_entropy(h, w, target, num_items=num_items) * 3
+    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (h, w))
+    assert all(map(torch.equal, first, kept)) and all(map(torch.equal, first, second))
+    assert all(map(torch.equal, (h, w, target), before)) and num_items == 5
+
+
+@pytest.mark.parametrize("upstream", [-2.5, 0.0, 1e-3])
+def test_upstream_gradient_scales_both_gradients(upstream):
+    h, w, target = seeded()
+    ours = loss_and_grads(linear_cross_entropy, h, w, target, upstream=upstream)
+    exact = loss_and_grads(reference.linear_cross_entropy, h, w, target, upstream=upstream)
+    assert_equal_to_rounding(ours, exact, 1e-13)
+
+
+def test_a_weight_tied_to_the_embedding_gets_both_gradients():
+    _, w, target = seeded()
+    tokens = torch.randint(0, len(w), (33,), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for loss_fn in (linear_cross_entropy, reference.linear_cross_entropy):
+        tied = w.clone().requires_grad_()
+        loss_fn(torch.nn.functional.embedding(tokens, tied).tanh(), tied, target).backward()
+        grads.append(tied.grad)
+    assert_equal_to_rounding(grads[:1], grads[1:], 1e-13)
+
+
+def test_strided_inputs_match_contiguous_ones():
+    h, w, target = seeded()
+    want = loss_and_grads(linear_cross_entropy, h, w, target)
+    h_strided = h.T.contiguous().T.requires_grad_()
+    w_strided = torch.cat([w, w], 1)[:, : w.shape[1]].requires_grad_()
+    loss = linear_cross_entropy(h_strided, w_strided, torch.stack([target, target], 1)[:, 0])
+    got = loss.detach(), *torch.autograd.grad(loss, (h_strided, w_strided))
+    assert_equal_to_rounding(got, want, 1e-13)
+
+
+def test_ignore_index_may_be_a_token_id():
+    h, w, target = seeded(ignored_frac=0)
+    target[::3] = 5
+    got = loss_and_grads(linear_cross_entropy, h, w, target, ignore_index=5)
+    assert_equal_to_rounding(
+        got, loss_and_grads(reference.linear_cross_entropy, h, w, target, ignore_index=5), 1e-13
+    )
+
+
+@pytest.mark.parametrize("value", [-1, 1001, -101])
+@pytest.mark.parametrize("loss_fn", [linear_cross_entropy, linear_log_probs])
+def test_an_out_of_range_target_is_named_with_its_position(loss_fn, value):
+    h, w, target = seeded()
+    target[20] = value
+    with pytest.raises(ValueError, match=rf"target\[20\]={value} .*\[0, 1001\).*-100"):
+        loss_fn(h, w, target)
+
+
+def test_arguments_that_cannot_be_meant_are_refused():
+    h, w, target = seeded()
+    with pytest.raises(ValueError, match="reduction='none'"):
+        linear_cross_entropy(h, w, target, reduction="none")
+    with pytest.raises(ValueError, match="compute_dtype=torch.float16"):
+        linear_cross_entropy(h, w, target, compute_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"target int64 \[33\], got torch.int32"):
+        linear_cross_entropy(h, w, target.int())
+    with pytest.raises(ValueError, match=r"\(33, 72\) and \(1001, 71\)"):
+        linear_cross_entropy(h, w[:, 1:], target)
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 8, 30)])
+def test_log_probs_match_the_reference_and_are_0_where_ignored(shape, dtype, eps):
+    h, w, target = seeded(*shape, dtype=dtype)
+    got = linear_log_probs(h.requires_grad_(), w, target, memory_budget_bytes=SMALL_BUDGET)
+    assert got.dtype == dtype and not got.requires_grad
+    want = reference.linear_log_probs(h.detach().double(), w.double(), target)
+    assert_equal_to_rounding([got], [want], eps)
+    assert (got[target == IGNORE] == 0).all()
+
+
+def test_log_probs_of_bf16_inputs_are_fp32():
+    h, w, target = seeded(dtype=torch.bfloat16)
+    assert linear_log_probs(h, w, target).dtype == torch.float32
