@@ -42,10 +42,10 @@ class Generator:
 
     @classmethod
     def load(cls, folder: Path, *, seed: int = 0, converted_to: Path | None = None) -> "Generator":
-        """The model of a local folder, in fp32 on the best device. Raises UserError if it is not whole.
+        """The model of a local folder on the best device. Raises UserError if it is not whole.
 
-        One token at a time is no work for a GPU: bf16 would save no time at this size, and give other answers
-        than the CPU. `converted_to` takes the tokenizer of a checkpoint that has tiktoken ranks only.
+        In fp32, so that a greedy answer depends as little as possible on the device. `converted_to` takes the
+        tokenizer of a checkpoint that has tiktoken ranks only.
         """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -173,5 +173,5 @@ def fit_history(tokenizer, messages: list[Message], context_tokens: int, reserve
         if len(ids) + reserve <= context_tokens:
             return kept
     beside = " with the system line" if num_system else ""
-    raise UserError(f"this message{beside} is {len(ids)} tokens long; the context is {context_tokens}, of which "
-                    f"{reserve} are kept for the answer; shorten it")
+    raise UserError(f"this message{beside} is {len(ids)} tokens long; the context is {context_tokens}, of "
+                    f"which {reserve} are kept for the answer; shorten it")

@@ -28,7 +28,7 @@ from aquila_sft.errors import UserError
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 
-PROBE_S = 7.0       # for all of the probe: a run that cannot start says so within 10 s, imports included
+PROBE_S = 6.0       # for all of the probe: a run that cannot start says so within 10 s, imports included
 
 # What AutoModelForCausalLM and AutoTokenizer read, and qwen.tiktoken, which recipe=tokenizer converts.
 # Never *.py, and no pickles (*.bin, *.pt): neither is ever executed or loaded here.
@@ -314,7 +314,7 @@ def why(error: Exception) -> str:
     logged_in = get_token() is not None
     account = "this account has no access" if logged_in else "nobody is logged in"
     first_line = next((ln.strip() for ln in str(error).splitlines() if ln.strip()), type(error).__name__)
-    first_line = first_line.replace(";", ",")[:200]
+    first_line = first_line.replace(";", ",").rstrip(".")[:200]
     if isinstance(error, Lacking):
         return first_line
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -338,6 +338,8 @@ def why(error: Exception) -> str:
         return f"no connection to {host}, {first_line}"
     if isinstance(error, PermissionError):
         return f"{first_line}, set HF_HOME to a folder that can be written"
+    if isinstance(error, UnicodeError):
+        return "HF_TOKEN has a character that no token has"
     if isinstance(error, ValueError):
         return f"{host} did not answer like a Hub, {first_line}"
     return first_line

@@ -1,4 +1,4 @@
-"""Turns are encoded as the published template writes them; answers alone are targets; no content ends a turn."""
+"""Turns encode as the published template writes them; answers alone are targets; no content ends a turn."""
 
 import random
 import subprocess
@@ -86,7 +86,9 @@ def tokenizer(request, tiny):
 
 
 def by_template(tokenizer, messages, **kwargs):
-    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs)
+    out = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs
+    )
     return out["input_ids"], [bool(mask) for mask in out["assistant_masks"]]
 
 
@@ -111,9 +113,11 @@ def test_the_text_of_one_conversation():
 
 @pytest.mark.parametrize("prompt", [False, True])
 def test_ids_and_targets_equal_the_templates(tokenizer, prompt):
+    from tokenizers import processors
+
     conversations = random_conversations(1500)
     encoded = encode_batch(tokenizer, conversations, add_generation_prompt=prompt)
-    if tokenizer.backend_tokenizer.post_processor is not None:
+    if isinstance(tokenizer.backend_tokenizer.post_processor, processors.ByteLevel):
         # With trimmed offsets a blank belongs to no token, and transformers' mask misses answers that begin
         # with one. The mask to compare with is that of the same tokenizer with whole offsets.
         tokenizer = gpt2_like(trim_offsets=False)
@@ -190,7 +194,7 @@ def test_a_batch_is_its_conversations_one_by_one(tiny, monkeypatch):
     assert encode_batch(tiny, []) == []
 
 
-@pytest.mark.parametrize("system", [None, "", "你是 Aquila。", "it's a \\n 'quoted' {{ line }}\nand {% more %}"])
+@pytest.mark.parametrize("system", [None, "", "你是 Aquila。", "it's a \\n 'quoted' {{ line }}\n{% more %}"])
 def test_another_default_system_line_stands_in_text_and_ids(tiny, system):
     messages = [turn("user", "hi"), turn("assistant", "hello")]
     given = [] if system is None else [turn("system", system)]

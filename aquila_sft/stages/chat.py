@@ -85,13 +85,13 @@ def find_model(model: Model, scale: str) -> Path:
         return hub.model_folder(model.path, model.revision)
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path={model.path}: no such folder; train a model with recipe=sft scale={scale} "
-                        "first, or add model.path=<folder or Hub id>")
+        raise UserError(f"model.path={model.path}: no such folder; train a model (recipe=sft scale={scale}), "
+                        "or add model.path=<folder or Hub id>")
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model.path={model.path} holds a LoRA adapter without its base; use the merged model "
-                        "that the same run wrote to its folder `final`")
+        raise UserError(f"model.path={model.path} holds a LoRA adapter without its base; use the merged "
+                        "model in the folder `final` of the same run")
     found = folder / "final"
     hint = f"use model.path={found}" if (found / "config.json").is_file() else "give a saved model's folder"
     raise UserError(f"model.path={model.path} holds no model (no config.json); {hint}")

@@ -1,6 +1,8 @@
 """Time and peak memory of one loss + backward of the language-model head, on CPU.
 
-    python kernels/bench/bench_linear_cross_entropy.py --dtype float32 bfloat16 --supervised-frac 1.0 0.5
+    python kernels/bench/bench_linear_cross_entropy.py --providers plain ours
+    python kernels/bench/bench_linear_cross_entropy.py --providers plain torch --repeats 1 \\
+        --supervised-frac 1.0 --append                  # apart, because torch's takes minutes a step on CPU
 
 Providers take turns, each step in a fresh process: peak memory is the process's high-water mark minus what
 it was once the inputs existed (so it contains the gradients), and a slow spell of the machine falls on all
@@ -107,9 +109,13 @@ def main() -> None:
     parser.add_argument(
         "--supervised-frac", nargs="+", type=float, default=[1.0, 0.5], help="rows with a target"
     )
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="cpu_linear_cross_entropy", help="of the CSV file in results/")
+    parser.add_argument("--append", action="store_true", help="to that CSV file, instead of replacing it")
     args = parser.parse_args()
+    if args.providers[0] != "plain":
+        parser.error("--providers must begin with plain: the ratios are to it")
 
     machine = {
         "cpu": cpu_name(),
@@ -122,13 +128,13 @@ def main() -> None:
     for dtype in args.dtype:
         for frac in args.supervised_frac:
             shape = (args.tokens, args.hidden, args.vocab)
-            steps = {provider: [] for provider in PROVIDERS}
+            steps = {provider: [] for provider in args.providers}
             for _ in range(args.repeats):
-                for provider in PROVIDERS:
+                for provider in args.providers:
                     steps[provider].append(run_in_fresh_process(provider, *shape, dtype, frac))
             case = dict(zip(("tokens", "hidden", "vocab"), shape, strict=True))
             case |= {"dtype": dtype, "supervised_frac": frac, "repeats": args.repeats}
-            for provider in PROVIDERS:
+            for provider in args.providers:
                 rows.append({**case, "provider": provider, **summarize(steps[provider], steps["plain"])})
 
     print("{cpu}, {threads} threads, torch {torch}, python {python}".format(**machine))
@@ -143,9 +149,10 @@ def main() -> None:
         )
     path = Path(__file__).parent / "results" / f"{args.name}.csv"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("a" if args.append else "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *machine])
-        writer.writeheader()
+        if not args.append:
+            writer.writeheader()
         writer.writerows({**r, **machine} for r in rows)
     print(f"\nwrote {path}")
 
