@@ -305,8 +305,12 @@ def edit_lines() -> None:
     """Line editing, and a paste of several lines as one message, where Python has GNU readline."""
     with contextlib.suppress(ImportError):
         import readline
-        if "libedit" not in (readline.__doc__ or ""):
-            readline.parse_and_bind("set enable-bracketed-paste on")
+        if "libedit" in (readline.__doc__ or ""):
+            return
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.parse_and_bind("tab: self-insert")             # there is nothing to complete
+        for setting in ("input-meta on", "output-meta on", "convert-meta off"):
+            readline.parse_and_bind(f"set {setting}")           # Chinese is no key command, even with LC_ALL=C
 
 
 # Text in and out

@@ -87,15 +87,16 @@ def find_inputs(cfg: SftRun) -> Inputs:
         raise UserError(f"tokenizer.{'ranks' if cfg.tokenizer.ranks else 'path'}={vocabulary}: no such "
                         f"{'file' if cfg.tokenizer.ranks else 'folder'}")
     origin: dict = {}
-    files = sources.find(cfg.data.files) if cfg.data.files is not None else None
-    base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
-    if base is not None:
-        origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
-    if files is None:
+    if cfg.data.files is not None:
+        files = sources.find(cfg.data.files)
+    else:
         fetched = hub.dataset_files(cfg.data.manifest, cfg.data.subset)
         files = fetched.files
         origin["data"] = {"repo": fetched.repo, "commit": fetched.revision, "subset": fetched.subset,
                           "licence": fetched.licence}
+    base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
+    if base is not None:
+        origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
     return Inputs(base, vocabulary, files, origin)
 
 
