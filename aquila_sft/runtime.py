@@ -82,36 +82,31 @@ def set_threads(world_size: int = 1) -> int:
 def main_process_first() -> Iterator[bool]:
     """The main process runs the body first, alone; the others run it after it succeeded. Yields is_main().
 
-    Used where the body writes files that the others then read. The wait is a gloo group of its own without a practical
-    time limit, gone before training begins: tokenizing a large set must not end in a collective's time-out. When the
-    main process fails, the others leave with one line instead of waiting for ever.
+    Used where the body writes files that the others then read. The wait is on the launcher's key-value store, before
+    any process group exists: tokenizing a large set must not end in a collective's time-out. When the main process
+    fails, the others leave with one line instead of waiting for ever.
     """
     if world_size() == 1:
         yield True
         return
     import datetime
 
-    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    failed = torch.zeros(1)
-    try:
-        if is_main():
-            try:
-                yield True
-            except BaseException:
-                failed += 1
-                raise
-            finally:
-                dist.broadcast(failed, src=0)
-        else:
-            dist.broadcast(failed, src=0)
-            if failed:
-                raise UserError("the main process stopped while preparing; its message says why")
-            yield False
-    finally:
-        dist.destroy_process_group()
+    store, _, _ = next(dist.rendezvous("env://"))
+    key = f"aquila-prepared-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if is_main():
+        try:
+            yield True
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+    else:
+        store.wait([key], datetime.timedelta(days=7))
+        if store.get(key) != b"done":
+            raise UserError("the main process stopped while preparing; its message says why")
+        yield False
 
 
 class StopSignal:

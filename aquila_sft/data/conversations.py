@@ -110,6 +110,15 @@ def language(text: str) -> str:
     return "en" if latin > others else "other"
 
 
+def any_text(value: object) -> str:
+    """The strings inside a record that is no conversation, roles and keys left out: enough to tell its language."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return " ".join(any_text(v) for k, v in value.items() if k not in ("from", "role", "id", "source", "type"))
+    return " ".join(any_text(v) for v in value) if isinstance(value, list) else ""
+
+
 def answer_bytes(messages: list[dict]) -> int:
     """UTF-8 bytes of the answers as they are tokenized, that is after NFC: the denominator of bits per byte."""
     return sum(len(unicodedata.normalize("NFC", m["content"]).encode()) for m in messages if m["role"] == "assistant")

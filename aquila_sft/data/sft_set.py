@@ -148,7 +148,7 @@ def readable(files: list[Path], ledger: Ledger) -> Iterator[tuple[Conversation, 
                 yield conversations.normalise(record, default_source=f"{file.parent.name}/{file.name}"), where
             except Refused as refused:
                 source = record.get("source")
-                ledger.refuse(refused.args[0], conversations.language(json.dumps(record, ensure_ascii=False, default=str)),
+                ledger.refuse(refused.args[0], conversations.language(conversations.any_text(record)),
                               source if isinstance(source, str) and source else f"{file.parent.name}/{file.name}", where)
 
 

@@ -310,7 +310,7 @@ def edit_lines() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")
         readline.parse_and_bind("tab: self-insert")             # there is nothing to complete
         for setting in ("input-meta on", "output-meta on", "convert-meta off"):
-            readline.parse_and_bind(f"set {setting}")           # Chinese is no key command, even with LC_ALL=C
+            readline.parse_and_bind(f"set {setting}")           # Chinese is text, even with LC_ALL=C
 
 
 # Text in and out

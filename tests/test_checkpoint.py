@@ -1,0 +1,118 @@
+"""A checkpoint is whole or it is none; a run directory belongs to one run."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from aquila_sft import checkpoint, run_dir
+from aquila_sft.errors import UserError
+
+
+def write(parent, step, text="weights"):
+    aside = parent / f".writing-{step}"
+    (aside / "sub").mkdir(parents=True)
+    (aside / "model.bin").write_text(text * 100)
+    (aside / "sub/state.json").write_text("{}")
+    checkpoint.commit(aside, checkpoint.folder(parent, step), step=step)
+    return checkpoint.folder(parent, step)
+
+
+def test_a_committed_checkpoint_verifies_and_the_newest_is_found(tmp_path):
+    write(tmp_path, 5)
+    newest = write(tmp_path, 40)
+    assert checkpoint.problem(newest) is None and checkpoint.newest(tmp_path) == newest
+    assert json.loads((newest / "MANIFEST.json").read_text())["step"] == 40
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def damage(kind, folder):
+    file = folder / "model.bin"
+    if kind == "flipped bit":
+        data = bytearray(file.read_bytes())
+        data[17] ^= 1
+        file.write_bytes(data)
+    elif kind == "cut":
+        os.truncate(file, 10)
+    elif kind == "file gone":
+        file.unlink()
+    elif kind == "no manifest":
+        (folder / "MANIFEST.json").unlink()
+    else:
+        os.truncate(folder / "MANIFEST.json", 30)
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "cut", "file gone", "no manifest", "cut manifest"])
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_taken(tmp_path, kind, capsys):
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    damage(kind, newer)
+    assert checkpoint.newest(tmp_path) == older
+    assert (tmp_path / "damaged-step-000010").is_dir() and "step-000010 is damaged" in capsys.readouterr().out
+
+
+def test_what_was_never_committed_is_no_checkpoint_and_is_cleared(tmp_path):
+    (tmp_path / ".writing-000005/checkpoint-5").mkdir(parents=True)
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.clear_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10):
+        write(tmp_path, step)
+    checkpoint.keep_newest(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
+
+
+@dataclasses.dataclass
+class Config:
+    output_dir: str
+    overwrite: bool = False
+    lr: float = 0.1
+    run_name: str = "a"
+
+
+def open_run(folder, *, finish=False, **changes):
+    cfg = Config(str(folder), **changes)
+    with run_dir.opened(cfg, run_dir.identity_of(cfg, data="d1")) as out:
+        was_finished = out.is_finished()
+        if finish:
+            out.final.mkdir(exist_ok=True)
+            out.write_summary(status="done")
+        return was_finished
+
+
+def test_the_run_directory_rule(tmp_path):
+    folder = tmp_path / "run"
+    assert open_run(folder) is False                       # begin
+    assert open_run(folder) is False                       # go on
+    assert open_run(folder, run_name="b") is False         # a name changes no weights
+    open_run(folder, finish=True)
+    assert open_run(folder) is True                        # reuse
+    with pytest.raises(UserError, match=r"another configuration .*lr: 0.1 there, 0.2 now.*overwrite=true"):
+        open_run(folder, lr=0.2)
+    assert open_run(folder) is True                        # a refusal loses nothing
+    assert open_run(folder, lr=0.2, overwrite=True) is False
+    assert not (folder / "final").exists()
+    assert {p.name for p in folder.iterdir()} == {".lock", "config.yaml", "env.json", "identity.json"}
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds thesis.tex"):
+            open_run(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    cfg = Config(str(tmp_path / "run"))
+    code = ("import sys, dataclasses\nfrom aquila_sft import run_dir\nfrom aquila_sft.errors import UserError\n"
+            "from pathlib import Path\ntry:\n    with run_dir.locked(Path(sys.argv[1])): pass\n"
+            "except UserError as e: print(e); sys.exit(2)")
+    with run_dir.opened(cfg, {}):
+        other = subprocess.run([sys.executable, "-c", code, cfg.output_dir], capture_output=True, text=True)
+    assert other.returncode == 2 and f"pid {os.getpid()}" in other.stdout
