@@ -55,6 +55,10 @@ class Generator:
         if len(tokenizer) > num_rows:
             raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} entries and the model's embedding "
                             f"{num_rows} rows; they belong to different models")
+        try:        # now, not at the first question, which also spares that one two seconds
+            encode_messages(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
+        except UserError as error:
+            raise UserError(f"{folder} is not tuned for chat ({error}); tune it with recipe=sft") from None
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         return cls(model.to(device), tokenizer, seed=seed)
 

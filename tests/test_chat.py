@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -517,6 +518,15 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     tiny_model(tmp_path, tokenizer, vocab_size=len(tokenizer) - 1)
     with pytest.raises(UserError, match="belong to different models"):
+        Generator.load(tmp_path)
+
+
+def test_a_tokenizer_without_turns_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.replace("<|im_end|>", "<|ex_tra|>"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"not tuned for chat .*im_end.*recipe=sft"):
         Generator.load(tmp_path)
 
 

@@ -268,8 +268,8 @@ class Session:
             self.has_forgotten = True
             notice("(the conversation has outgrown the context: its oldest turns are being forgotten)")
         answer = self.generator.stream([*system, *kept], self.settings)
-        show("model> ")
         try:
+            show("model> ")
             for piece in answer:
                 show(piece)
         except KeyboardInterrupt:

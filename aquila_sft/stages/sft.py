@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,6 +164,7 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
     from aquila_sft.trainer import Plan, SftTrainer
 
     transformers.utils.logging.disable_progress_bar()        # one bar, ours
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      # peft's, not ours to mend
 
     def autocast():
         dtype = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(choices.precision)
@@ -211,7 +213,7 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
             trainer.evaluate()
 
     seconds, logged = metrics.seconds(), metrics.read()
-    net = trainer.accelerator.unwrap_model(trainer.model)
+    net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)     # no autocast in the merge gate
     gate = save_final(cfg, out, net, tokenizer, ledger) if runtime.is_main() else {}
     if runtime.is_main():
         tokens = trainer.narrator.count_to(plan.steps)

@@ -6,8 +6,8 @@
 
 Providers take turns, each step in a fresh process: peak memory is the process's high-water mark minus what
 it was once the inputs existed (so it contains the gradients), and a slow spell of the machine falls on all
-alike. Ratios are to the plain step of the same turn; on a shared machine the ratio of CPU seconds, summed over
-threads, is the steadier one. Prints a markdown table and writes results/<name>.csv.
+alike. Ratios are to the plain step of the same turn; on a shared machine the ratio of CPU seconds, summed
+over threads, is the steadier one. Prints a markdown table and writes results/<name>.csv.
 """
 
 import argparse

@@ -1,0 +1,348 @@
+"""The program as a user runs it: whole runs in processes of their own, ended in every way that runs end."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import gradients_worker
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aquila_sft import chat_template
+from aquila_sft.data import sft_set
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+# A launcher would set one thread; two test processes with two threads each would spin on two cores.
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base model and conversations; `words(recipe, out)` is the command that tunes it."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(folder / "base", tiny_tokenizer(folder / "tok"))
+    write_jsonl(folder / "chat.jsonl", tiny_conversations(120))
+    return folder
+
+
+def words(world, out, *more, recipe="sft"):
+    settings = {"recipe": recipe, "scale": "mini", "model.path": world / "base", "data.files": world / "chat.jsonl",
+                "output_dir": out, "train.max_length": 128, "train.tokens_per_step": 512, "train.max_steps": STEPS,
+                "train.micro_batch_rows": 2, "train.logging_steps": 1, "train.save_steps": 2}
+    settings |= dict(word.split("=", 1) for word in more)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def run(command, timeout=180, **env):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True,
+                          timeout=timeout, env=ENV | env)
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory):
+    """One whole run of each recipe, {recipe: (folder, process)}."""
+    out = tmp_path_factory.mktemp("unbroken")
+    return {recipe: (out / recipe, run(words(world, out / recipe, recipe=recipe))) for recipe in ("sft", "sft_lora")}
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b):
+    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_a_run_leaves_what_the_contract_names(unbroken, recipe):
+    folder, done = unbroken[recipe]
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "env.json", "metrics.jsonl", "summary.json",
+                                                  "ledger.json", "checkpoints", "final"}
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    told = summary(folder)
+    assert (told["status"], told["steps"], told["demo"], told["scale"]) == ("done", STEPS, True, "mini")
+    assert set(told["bits_per_byte"]) == {"en", "zh"} and all(0 < v < 10 for v in told["bits_per_byte"].values())
+    trained = [m for m in metrics(folder) if "loss" in m]
+    assert [m["step"] for m in trained] == list(range(1, STEPS + 1))
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"} <= set(trained[0])
+    assert trained[-1]["tokens"] == told["tokens"] <= STEPS * 512 and trained[-1]["loss"] < trained[0]["loss"]
+    assert trained[0]["lr"] > 0
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["read"] == 120 == ledger["kept"] + ledger["held_back"] + ledger["left_out"]
+    for line in ("recipe=" + recipe, "scale=mini", "precision", "attention sdpa", "recipe=chat", "scale=135m"):
+        assert line in done.stdout
+    assert "demo: true" in (folder / "final/README.md").read_text()
+    assert not [f for f in (folder / "final").iterdir() if f.suffix in (".bin", ".pt", ".pth", ".py")]
+    if recipe == "sft_lora":
+        assert told["merge_difference"] < 1e-5 and "merge gate" in done.stdout
+        assert (folder / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_final_loads_in_stock_transformers_and_was_trained(unbroken, world, recipe):
+    folder, _ = unbroken[recipe]
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
+    out = model.generate(**prompt, max_new_tokens=4)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+    assert not same_weights(folder / "final", world / "base")
+    assert chat_template.turn_end_id(tokenizer) in model.generation_config.eos_token_id
+
+
+def test_a_finished_run_is_reused_and_another_configuration_refused(unbroken, world):
+    folder, _ = unbroken["sft"]
+    before = (folder / "final/model.safetensors").stat().st_mtime_ns
+    again = run(words(world, folder))
+    assert again.returncode == 0 and "reused" in again.stdout
+    other = run(words(world, folder, "optim.lr=0.1"))
+    assert other.returncode == 2
+    assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.001 there, 0.1 now" in other.stderr
+    assert (folder / "final/model.safetensors").stat().st_mtime_ns == before
+    assert summary(folder)["status"] == "done"
+
+
+def test_changed_data_are_another_configuration(unbroken, world, tmp_path):
+    folder, _ = unbroken["sft"]
+    write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(119))
+    refused = run(words(world, folder, f"data.files={tmp_path}/chat.jsonl"))
+    assert refused.returncode == 2 and "data: " in refused.stderr
+
+
+def kill_when(process, ready, timeout=90):
+    """kill -9 as soon as ready() is true; False when the process was quicker."""
+    end = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < end:
+        if ready():
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.002)
+    process.wait(timeout)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_kill_9_at_any_moment_ends_bitwise_where_the_unbroken_run_ends(unbroken, world, tmp_path, recipe):
+    out = tmp_path / "run"
+    checkpoints = out / "checkpoints"
+    chance = random.Random(recipe)
+    moments = [
+        lambda: (out / ".preparing-data").exists() or (out / "data").exists(),          # in preparation
+        lambda: any(checkpoints.glob(".writing-*/checkpoint-*/*.safetensors")),         # inside the first checkpoint
+        lambda: any(checkpoints.glob("step-*")),                                        # right after one
+        lambda: any(checkpoints.glob(".writing-*/*/MANIFEST.json")) or chance.random() < 0.001,
+        lambda: (checkpoints / "step-000006").exists(),                                 # trained, not yet saved
+    ]
+    killed = 0
+    for ready in moments:
+        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out, recipe=recipe)], env=ENV,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            killed += kill_when(process, ready)
+        if summary_status(out) == "done":
+            break
+    done = run(words(world, out, recipe=recipe))
+    assert killed >= 3 and done.returncode == 0, done.stderr
+    folder, _ = unbroken[recipe]
+    assert same_weights(folder / "final", out / "final")
+    if recipe == "sft_lora":
+        assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
+            out / "adapter/adapter_model.safetensors").read_bytes()
+    drop = ("seconds", "tokens_per_s", "peak_memory_bytes")
+    assert [{k: v for k, v in m.items() if k not in drop} for m in metrics(folder)] == [
+        {k: v for k, v in m.items() if k not in drop} for m in metrics(out)]
+    assert not list(checkpoints.glob(".writing*"))
+
+
+def summary_status(folder):
+    try:
+        return summary(folder)["status"]
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_on(unbroken, world, tmp_path, number):
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out)], env=ENV, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        while process.poll() is None and not any("loss" in m for m in safe_metrics(out)):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert "Traceback" not in errors and "stopped: " in errors
+    assert summary(out)["status"] == "stopped" and len(list((out / "checkpoints").glob("step-*"))) >= 1
+    done = run(words(world, out))
+    assert done.returncode == 0 and "going on from step" in done.stdout
+    assert same_weights(unbroken["sft"][0] / "final", out / "final")
+
+
+def safe_metrics(folder):
+    try:
+        return metrics(folder)
+    except (json.JSONDecodeError, FileNotFoundError):
+        return []
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(world, tmp_path):
+    tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tok"))
+    weights = load_file(tmp_path / "base/model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 1e37}, tmp_path / "base/model.safetensors",
+              {"format": "pt"})
+    done = run(words(world, tmp_path / "run", f"model.path={tmp_path / 'base'}", "train.precision=fp32",
+                     "optim.max_grad_norm=0"))
+    assert done.returncode == 2 and re.search(r"error: the loss is (nan|inf) at step \d", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and summary(tmp_path / "run")["status"] == "failed"
+    assert not list((tmp_path / "run/checkpoints").glob("step-*")), "a checkpoint of broken weights was written"
+
+
+@pytest.fixture(scope="module")
+def prepared(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    policy = sft_set.RowPolicy(gradients_worker.LENGTH, 0.0, 0, 1000, 1)
+    sft_set.prepare([world / "chat.jsonl"], world / "rows", partial(chat_template.encode_batch, tokenizer), policy, {})
+    return world / "rows/train"
+
+
+def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, tmp_path):
+    worker = [str(ROOT / "tests/gradients_worker.py"), str(world / "base"), str(prepared)]
+    results = {}
+    for name, launch, rows in (("1x8", [sys.executable], 8), ("2x4", [sys.executable], 4), ("8x1", [sys.executable], 1),
+                               ("two processes", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                                  f"--master_port={random.randint(20000, 60000)}"], 2)):
+        out = tmp_path / f"{name}.pt"
+        done = subprocess.run([*launch, *worker, str(rows), str(out)], capture_output=True, text=True, env=ENV, timeout=180)
+        assert done.returncode == 0, done.stderr
+        results[name] = torch.load(out)
+    whole = results["1x8"]
+    scale = max(g.abs().max() for g in whole["gradients"].values())
+    for name, result in results.items():
+        assert result["loss"] == pytest.approx(whole["loss"], rel=1e-6), name
+        for key, gradient in result["gradients"].items():
+            # fp32 sums in another order: a few roundings of the largest gradient
+            assert (gradient - whole["gradients"][key]).abs().max() < 2e-6 * scale, (name, key)
+
+
+def launcher(*words_, **kwargs):
+    return subprocess.run([sys.executable, "-m", *words_], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"}, **kwargs)
+
+
+def test_accelerate_launch_uses_all_cores_and_gives_the_same_result(world, unbroken, tmp_path):
+    done = launcher("accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml"),
+                    str(ROOT / "train.py"), *words(world, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    assert f"device cpu ({cores} threads)" in done.stdout or torch.cuda.is_available()
+    ours, theirs = summary(tmp_path / "run"), summary(unbroken["sft"][0])
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_two_processes_train_together(world, unbroken, tmp_path):
+    done = launcher("accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+                    f"--main_process_port={random.randint(20000, 60000)}", str(ROOT / "train.py"),
+                    *words(world, tmp_path / "run", "train.precision=fp32"))
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) x 1 x 2 rows" in done.stdout
+    assert done.stdout.count("recipe=sft scale=mini") == 1            # one voice
+    ours, theirs = summary(tmp_path / "run"), summary(unbroken["sft"][0])
+    assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_processes_that_would_train_apart_stop(world, tmp_path):
+    """Two plain processes in one directory, as a launcher that forms no group starts them: one trains, one stops."""
+    out = tmp_path / "run"
+    commands = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out)], env=ENV, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    results = [(p.communicate(timeout=180), p.returncode) for p in commands]
+    assert sorted(code for _, code in results) == [0, 2]
+    refused = next(text[1] for text, code in results if code == 2)
+    assert "another process" in refused and len(refused.strip().split("\n")) == 1
+
+
+def test_a_worker_whose_launcher_dies_stops(world, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"),
+                           *words(world, out, "train.max_steps=2000", "train.save_steps=1000")], env=os.environ,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launch:
+        while launch.poll() is None and not any("loss" in m for m in safe_metrics(out)):
+            time.sleep(0.01)
+        lock = (out / ".lock").read_text()
+        launch.kill()
+        launch.wait()
+    worker = int(lock)
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or b"train.py" not in Path(f"/proc/{worker}/cmdline").read_bytes():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker trained on as an orphan")
+    assert summary(out)["status"] == "stopped"
+
+
+def test_a_local_run_looks_up_no_host(world, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, socket\n"
+        "def refuse(what):\n"
+        "    def call(*a, **k):\n"
+        "        with open(os.environ['LOOKED_UP'], 'a') as f: f.write(f'{what} {a[:2]}\\n')\n"
+        "        raise OSError('no network in this test')\n"
+        "    return call\n"
+        "for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):\n"
+        "    setattr(socket, name, refuse(name))\n"
+        "socket.socket.connect = refuse('connect')\n")
+    looked_up = tmp_path / "looked_up"
+    env = {k: v for k, v in ENV.items() if not k.startswith("HF_") and k != "CI"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words(world, tmp_path / "run", recipe="sft_lora")],
+                          capture_output=True, text=True, timeout=180,
+                          env=env | {"PYTHONPATH": str(tmp_path), "LOOKED_UP": str(looked_up)})
+    assert done.returncode == 0, done.stderr
+    assert not looked_up.exists(), looked_up.read_text()
+
+
+def test_without_network_the_real_thing_stops_within_ten_seconds_with_three_ways_on(tmp_path):
+    began = time.monotonic()
+    done = run(["recipe=sft", "scale=135m", f"output_dir={tmp_path / 'run'}"], HF_ENDPOINT="http://127.0.0.1:9",
+               HF_HOME=str(tmp_path / "hf"))
+    assert time.monotonic() - began < 10
+    assert done.returncode == 2 and len(done.stderr.strip().split("\n")) == 1
+    for way in ("BAAI/Infinity-Instruct", "hf auth login", "data.files=", "scale=mini"):
+        assert way in done.stderr
+
+
+def test_a_base_without_chat_tokens_is_told_what_to_do_and_then_works(world, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(base, tiny_tokenizer(tmp_path / "tok"))
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if not re.search("im_(start|end)", t["content"])]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
+    command = words(world, tmp_path / "run", f"model.path={base}")
+    refused = run(command)
+    assert refused.returncode == 2 and "tokenizer.add_chat_tokens=true" in refused.stderr
+    added = run([*command, "tokenizer.add_chat_tokens=true", "overwrite=true"])
+    assert added.returncode == 0, added.stderr
+    assert "2 chat tokens added" in added.stdout
