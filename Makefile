@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/activate: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(BIN)/activate   ## virtual environment in .venv with everything the tests need
+
+test: install    ## every test that needs no GPU (AQUILA_REAL_DATA=<folder> adds those on real data)
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-fast: install  ## the same without those that take more than a few seconds
+	$(BIN)/python -m pytest -m 'not gpu and not slow'
+
+lint: install    ## ruff
+	$(BIN)/ruff check .
+
+bench: install   ## the loss of the output head, timed on this CPU
+	$(BIN)/python kernels/bench/bench_linear_cross_entropy.py --providers plain ours
+
+gpu: install     ## on a machine with a GPU: correctness, kernel table, throughput; fills what is "not measured"
+	$(BIN)/python kernels/bench/gpu.py
+
+clean:           ## remove caches and the virtual environment; runs under outputs/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+
+.PHONY: help install test test-fast lint bench gpu clean
