@@ -14,7 +14,7 @@ from aquila_sft.errors import DONE, STOPPED, USER_ERROR, Stopped, UserError
 
 def compose(words: list[str]):
     """Overrides as typed by a person -> composed DictConfig. Raises UserError."""
-    overrides = cli.prepare_overrides(words)         # before hydra is imported: a slip is answered at once
+    overrides = cli.prepare_overrides(words)  # before hydra is imported: a slip is answered at once
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -56,6 +56,7 @@ def main(words: list[str]) -> int:
         run = load(cfg)
         if show:
             from omegaconf import OmegaConf
+
             print(OmegaConf.to_yaml(cfg, resolve=True), end="")
             return DONE
         importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)

@@ -74,9 +74,7 @@ def render_runs(messages: Sequence[Message], *, default_system: str | None = DEF
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or (role == "system" and i > 0):
-            raise UserError(
-                f"message {i}: role {role!r}; expected system (only as message 0), user or assistant."
-            )
+            raise UserError(f"message {i}: role {role!r}; expected system (only as message 0), user or assistant.")
         if not isinstance(content, str):
             raise UserError(f"message {i} ({role}): content is {type(content).__name__}, expected text.")
         if i == 0 and role != "system" and default_system is not None:
@@ -155,9 +153,7 @@ def add_chat_tokens(tokenizer) -> int:
 
     missing = [text for text in (IM_START, IM_END) if text not in _added_tokens(tokenizer)]
     before = len(tokenizer)
-    tokenizer.add_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in missing], special_tokens=True
-    )
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing], special_tokens=True)
     return len(tokenizer) - before
 
 

@@ -27,8 +27,11 @@ def commit(written: Path, target: Path, **about: object) -> None:
     if target.exists():
         shutil.rmtree(written)
         return
-    files = {str(f.relative_to(written)): {"size": f.stat().st_size, "sha256": sha256(f)}
-             for f in sorted(written.rglob("*")) if f.is_file()}
+    files = {
+        str(f.relative_to(written)): {"size": f.stat().st_size, "sha256": sha256(f)}
+        for f in sorted(written.rglob("*"))
+        if f.is_file()
+    }
     (written / MANIFEST).write_text(json.dumps({"files": files, **about}, indent=1), encoding="utf-8")
     for path in [*written.rglob("*"), written]:
         sync(path)

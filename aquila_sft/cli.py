@@ -1,7 +1,7 @@
 """The command line before it becomes a configuration: help, free text in overrides, and readable refusals.
 
-`python train.py recipe=sft prompt=你好，世界` reaches Hydra as `prompt='你好，世界'`: Hydra's grammar reads commas, blanks,
-`=`, brackets and bare Chinese as syntax, a person means text.
+`python train.py recipe=chat prompt=你好，世界` reaches Hydra as `prompt='你好，世界'`: its grammar reads commas,
+blanks, `=`, brackets and bare Chinese as syntax, a person means text.
 """
 
 import re
@@ -12,8 +12,18 @@ from aquila_sft.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GROUPS = ("recipe", "scale", "debug", "model", "tokenizer", "data", "optim", "schedule", "lora")
-FREE_TEXT = ("prompt", "prompts", "system", "run_name", "output_dir", "model.path", "tokenizer.path",
-             "tokenizer.ranks", "tokenizer.system", "data.files")
+FREE_TEXT = (
+    "prompt",
+    "prompts",
+    "system",
+    "run_name",
+    "output_dir",
+    "model.path",
+    "tokenizer.path",
+    "tokenizer.ranks",
+    "tokenizer.system",
+    "data.files",
+)
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
 USAGE = """\
@@ -37,9 +47,12 @@ def usage() -> str:
     def listing(group: str) -> str:
         lines = []
         for file in sorted((RECIPES / group).glob("*.yaml")):
-            comments = [ln for ln in file.read_text("utf-8").splitlines() if ln.startswith("# ") and "@package" not in ln]
+            comments = [
+                ln for ln in file.read_text("utf-8").splitlines() if ln.startswith("# ") and "@package" not in ln
+            ]
             lines.append(f"  {file.stem:<12}{comments[0][2:]}")
         return "\n".join(lines) + "\n"
+
     return USAGE.format(recipes=listing("recipe"), scales=listing("scale"))
 
 
@@ -68,9 +81,11 @@ def prepare_overrides(words: list[str]) -> list[str]:
         else:
             overrides.append(f"{name}={quoted(value)}" if name in FREE_TEXT else word)
     if "recipe" not in seen:
-        raise UserError(f"no recipe: add recipe=<one of {', '.join(choices('recipe'))}>; python train.py --help explains")
+        raise UserError(
+            f"no recipe: add recipe=<one of {', '.join(choices('recipe'))}>; python train.py --help explains"
+        )
     lengths = [name for name in RUN_LENGTHS if seen.get(name, "null") != "null"]
-    if len(lengths) == 1:                      # one decides: naming it on the command line unsets the recipe's own
+    if len(lengths) == 1:  # one decides: naming it on the command line unsets the recipe's own
         overrides += [f"{name}=null" for name in RUN_LENGTHS if name not in seen]
     overrides.append(f"scale_is_explicit={str('scale' in seen).lower()}")
     return overrides

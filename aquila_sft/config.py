@@ -17,14 +17,14 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from aquila_sft.errors import UserError
 
 
-class Precision(str, enum.Enum):
+class Precision(enum.StrEnum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
-class Attention(str, enum.Enum):
+class Attention(enum.StrEnum):
     auto = "auto"
     sdpa = "sdpa"
     eager = "eager"
@@ -32,19 +32,19 @@ class Attention(str, enum.Enum):
     flash_attention_2 = "flash_attention_2"
 
 
-class KernelChoice(str, enum.Enum):
+class KernelChoice(enum.StrEnum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
 
 
-class ScheduleKind(str, enum.Enum):
+class ScheduleKind(enum.StrEnum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
 
 
-class Architecture(str, enum.Enum):
+class Architecture(enum.StrEnum):
     mistral = "mistral"
     llama = "llama"
 
@@ -53,10 +53,10 @@ class Architecture(str, enum.Enum):
 class Model:
     """Where the weights come from (`path`), and the architecture that `path=random` builds."""
 
-    path: str | None = None                 # folder, Hub id or `random`
-    revision: str | None = None             # Hub only: a commit
+    path: str | None = None  # folder, Hub id or `random`
+    revision: str | None = None  # Hub only: a commit
     architecture: Architecture = MISSING
-    vocab_size: int | None = None           # null: as many as the tokenizer has
+    vocab_size: int | None = None  # null: as many as the tokenizer has
     hidden_size: int = MISSING
     num_hidden_layers: int = MISSING
     num_attention_heads: int = MISSING
@@ -64,28 +64,40 @@ class Model:
     head_dim: int = MISSING
     intermediate_size: int = MISSING
     max_position_embeddings: int = MISSING
-    sliding_window: int | None = None       # mistral only
+    sliding_window: int | None = None  # mistral only
     rope_theta: float = MISSING
     rms_norm_eps: float = MISSING
     initializer_range: float = MISSING
     tie_word_embeddings: bool = MISSING
 
     def check(self) -> None:
-        at_least("model", self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+        at_least(
+            "model",
+            self,
+            1,
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
-                            f"model.num_key_value_heads={self.num_key_value_heads}")
+            raise UserError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"model.num_key_value_heads={self.num_key_value_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary embeddings need an even one")
 
 
 @dataclass(kw_only=True)
 class Tokenizer:
-    path: str | None = None                 # folder; null: the model's own
-    ranks: str | None = None                # tiktoken rank file of the published vocabulary, to be converted
-    system: str | None = None               # the system line a conversation gets that has none; null: no line
-    add_chat_tokens: bool = MISSING         # add <|im_start|>, <|im_end|> to a vocabulary that lacks them
+    path: str | None = None  # folder; null: the model's own
+    ranks: str | None = None  # tiktoken rank file of the published vocabulary, to be converted
+    system: str | None = None  # the system line a conversation gets that has none; null: no line
+    add_chat_tokens: bool = MISSING  # add <|im_start|>, <|im_end|> to a vocabulary that lacks them
 
     def check(self) -> None:
         if self.path and self.ranks:
@@ -94,19 +106,21 @@ class Tokenizer:
 
 @dataclass(kw_only=True)
 class SftData:
-    files: Any = None                       # local file, list or glob; null: the manifest
-    manifest: str | None = None             # data/manifests/<name>.yaml: a pinned Hub data set
-    subset: str | None = None               # of the manifest
-    holdout_fraction: float = MISSING       # conversations held back for evaluation, by hash of their content
-    holdout_max: int = MISSING              # at most, per language
-    pack_window: int = MISSING              # conversations packed together; larger fills better, mixes less
+    files: Any = None  # local file, list or glob; null: the manifest
+    manifest: str | None = None  # data/manifests/<name>.yaml: a pinned Hub data set
+    subset: str | None = None  # of the manifest
+    holdout_fraction: float = MISSING  # conversations held back for evaluation, by hash of their content
+    holdout_max: int = MISSING  # at most, per language
+    pack_window: int = MISSING  # conversations packed together; larger fills better, mixes less
 
     def check(self) -> None:
         if self.files is not None:
             files = [self.files] if isinstance(self.files, str) else self.files
             if not isinstance(files, list) or not files or not all(isinstance(f, str) and f for f in files):
-                raise UserError(f"data.files={self.files!r} is not a file, a glob or a list of them; "
-                                "write data.files=chat.jsonl or data.files=[a.jsonl,b.parquet]")
+                raise UserError(
+                    f"data.files={self.files!r} is not a file, a glob or a list of them; "
+                    "write data.files=chat.jsonl or data.files=[a.jsonl,b.parquet]"
+                )
             self.files = files
         within("data", self, 0.0, 0.5, "holdout_fraction")
         at_least("data", self, 0, "holdout_max")
@@ -131,8 +145,8 @@ class Optim:
 @dataclass(kw_only=True)
 class Schedule:
     kind: ScheduleKind = MISSING
-    warmup_steps: float = MISSING           # steps, or a fraction of all of them when below 1
-    min_lr_ratio: float = MISSING           # the rate at the end, as a fraction of optim.lr
+    warmup_steps: float = MISSING  # steps, or a fraction of all of them when below 1
+    min_lr_ratio: float = MISSING  # the rate at the end, as a fraction of optim.lr
 
     def check(self) -> None:
         at_least("schedule", self, 0, "warmup_steps")
@@ -148,15 +162,15 @@ class Train:
     max_steps: int | None = None
     total_tokens: int | None = None
     num_epochs: float | None = None
-    tokens_per_step: int = MISSING          # over all processes and micro-batches; a multiple of max_length
-    max_length: int = MISSING               # tokens in a row
-    micro_batch_rows: int | None = None     # rows in one forward pass of one process; null: from the device
+    tokens_per_step: int = MISSING  # over all processes and micro-batches; a multiple of max_length
+    max_length: int = MISSING  # tokens in a row
+    micro_batch_rows: int | None = None  # rows in one forward pass of one process; null: from the device
     precision: Precision = MISSING
     attention: Attention = MISSING
     activation_checkpointing: bool = MISSING
     logging_steps: int = MISSING
     save_steps: int = MISSING
-    eval_steps: int | None = None           # null: only before the first and after the last step
+    eval_steps: int | None = None  # null: only before the first and after the last step
     keep_checkpoints: int = MISSING
 
     def check(self) -> None:
@@ -164,8 +178,10 @@ class Train:
         given = {n: v for n, v in lengths.items() if v is not None}
         if len(given) != 1:
             shown = ", ".join(f"train.{n}={v}" for n, v in given.items()) or "none of them"
-            raise UserError(f"exactly one of train.max_steps, train.total_tokens, train.num_epochs decides how long "
-                            f"to train; set: {shown}; put the others to null")
+            raise UserError(
+                f"exactly one of train.max_steps, train.total_tokens, train.num_epochs decides how long "
+                f"to train; set: {shown}; put the others to null"
+            )
         for name, value in given.items():
             if value <= 0:
                 raise UserError(f"train.{name}={value} must be more than 0")
@@ -173,9 +189,12 @@ class Train:
         at_least("train", self, 1, *[n for n in ("micro_batch_rows", "eval_steps") if getattr(self, n) is not None])
         if self.tokens_per_step % self.max_length:
             below = self.tokens_per_step // self.max_length * self.max_length
-            raise UserError(f"train.tokens_per_step={self.tokens_per_step} is not a multiple of "
-                            f"train.max_length={self.max_length}; use "
-                            + (f"{below} or " if below else "") + f"{below + self.max_length}")
+            raise UserError(
+                f"train.tokens_per_step={self.tokens_per_step} is not a multiple of "
+                f"train.max_length={self.max_length}; use "
+                + (f"{below} or " if below else "")
+                + f"{below + self.max_length}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -183,10 +202,10 @@ class Lora:
     r: int = MISSING
     alpha: float = MISSING
     dropout: float = MISSING
-    targets: Any = MISSING                  # `all-linear` or a list of module names
+    targets: Any = MISSING  # `all-linear` or a list of module names
     use_dora: bool = MISSING
     use_rslora: bool = MISSING
-    merge_tolerance: float = MISSING        # largest |merged - unmerged| logit, relative to the largest |logit|
+    merge_tolerance: float = MISSING  # largest |merged - unmerged| logit, relative to the largest |logit|
 
     def check(self) -> None:
         at_least("lora", self, 1, "r")
@@ -200,7 +219,7 @@ class Lora:
 @dataclass(kw_only=True)
 class Generate:
     max_new_tokens: int = MISSING
-    temperature: float = MISSING            # 0: greedy
+    temperature: float = MISSING  # 0: greedy
     top_p: float = MISSING
     repetition_penalty: float = MISSING
 
@@ -219,7 +238,7 @@ class Run:
     stage: str = MISSING
     recipe: str = MISSING
     scale: str = MISSING
-    scale_is_explicit: bool = MISSING       # set by train.py: `scale=` stood on the command line
+    scale_is_explicit: bool = MISSING  # set by train.py: `scale=` stood on the command line
     demo: bool = MISSING
     seed: int = MISSING
     run_name: str = MISSING
@@ -234,7 +253,9 @@ class Run:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is outside 0 … {2**32 - 1}")
         if self.kernel is KernelChoice.triton:
-            raise UserError("kernel=triton: this version has no Triton kernel for the loss yet; use kernel=auto or torch")
+            raise UserError(
+                "kernel=triton: this version has no Triton kernel for the loss yet; use kernel=auto or torch"
+            )
 
 
 @dataclass(kw_only=True)
@@ -244,8 +265,10 @@ class TokenizerRun(Run):
     def check(self) -> None:
         super().check()
         if not self.tokenizer.ranks:
-            raise UserError("tokenizer.ranks is not set: recipe=tokenizer converts a published tiktoken vocabulary; "
-                            "add tokenizer=aquila tokenizer.ranks=<qwen.tiktoken>")
+            raise UserError(
+                "tokenizer.ranks is not set: recipe=tokenizer converts a published tiktoken vocabulary; "
+                "add tokenizer=aquila tokenizer.ranks=<qwen.tiktoken>"
+            )
 
 
 @dataclass(kw_only=True)
@@ -265,20 +288,24 @@ class SftRun(Run):
             given = f"model.path={self.model.path}" if self.model.path else None
             given = given or (f"data.files={','.join(self.data.files)}" if self.data.files else None)
             if given:
-                raise UserError(f"{given} with no scale= on the command line: scale=mini is the default and meant for "
-                                "small trials; add scale=135m for the real settings, or scale=mini if that is meant")
+                raise UserError(
+                    f"{given} with no scale= on the command line: scale=mini is the default and meant for "
+                    "small trials; add scale=135m for the real settings, or scale=mini if that is meant"
+                )
         if self.model.path == "random" and self.train.max_length > self.model.max_position_embeddings:
-            raise UserError(f"train.max_length={self.train.max_length} is more than "
-                            f"model.max_position_embeddings={self.model.max_position_embeddings}")
+            raise UserError(
+                f"train.max_length={self.train.max_length} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
 
 
 @dataclass(kw_only=True)
 class ChatRun(Run):
     model: Model = MISSING
     generate: Generate = MISSING
-    system: str | None = None               # null: the model's own system line
-    prompt: str | None = None               # answer this and leave
-    prompts: str | None = None              # answer a file: one prompt a line, or jsonl with `prompt` or `messages`
+    system: str | None = None  # null: the model's own system line
+    prompt: str | None = None  # answer this and leave
+    prompts: str | None = None  # answer a file: one prompt a line, or jsonl with `prompt` or `messages`
 
     def check(self) -> None:
         super().check()
@@ -337,7 +364,7 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
 
 def nearest(name: str, choices: list[str]) -> str:
     """'; did you mean x?' for the closest of `choices`, or '' when none is close."""
-    last = {c.rsplit(".", 1)[-1]: c for c in choices}        # `lr=1e-4` means `optim.lr`
+    last = {c.rsplit(".", 1)[-1]: c for c in choices}  # `lr=1e-4` means `optim.lr`
     found = [last[name]] if name in last else difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     if not found:
         found = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)]

@@ -17,9 +17,9 @@ from aquila_sft.errors import UserError
 class Choices:
     """How a run uses its device. `reasons`: one line for each choice."""
 
-    device: str                 # cuda, mps, cpu
-    precision: Precision        # of the matrix products; weights and optimizer stay fp32
-    attention: str              # the transformers name
+    device: str  # cuda, mps, cpu
+    precision: Precision  # of the matrix products; weights and optimizer stay fp32
+    attention: str  # the transformers name
     reasons: list[str]
 
 
@@ -27,15 +27,31 @@ def choose(train: Train) -> Choices:
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     precision, why_precision = choose_precision(train.precision, device)
     attention, why_attention = choose_attention(train.attention, device)
-    return Choices(device, precision, attention, [
-        f"device {device}" + (f" ({torch.cuda.get_device_name()})" if device == "cuda" else
-                              f" ({torch.get_num_threads()} threads)" if device == "cpu" else ""),
-        f"precision {precision.value}: {why_precision}", f"attention {attention}: {why_attention}"])
+    return Choices(
+        device,
+        precision,
+        attention,
+        [
+            f"device {device}"
+            + (
+                f" ({torch.cuda.get_device_name()})"
+                if device == "cuda"
+                else f" ({torch.get_num_threads()} threads)"
+                if device == "cpu"
+                else ""
+            ),
+            f"precision {precision.value}: {why_precision}",
+            f"attention {attention}: {why_attention}",
+        ],
+    )
 
 
 def choose_precision(asked: Precision, device: str) -> tuple[Precision, str]:
-    has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                "cpu": lambda: bool(bf16_instructions()), "mps": lambda: False}[device]()
+    has_bf16 = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": lambda: bool(bf16_instructions()),
+        "mps": lambda: False,
+    }[device]()
     if asked is Precision.fp16 and device != "cuda":
         raise UserError(f"train.precision=fp16 needs a CUDA or ROCm GPU, and this device is {device}; use fp32 or auto")
     if asked is Precision.bf16 and device == "cuda" and not has_bf16:
@@ -44,10 +60,13 @@ def choose_precision(asked: Precision, device: str) -> tuple[Precision, str]:
         return asked, "asked for"
     if has_bf16:
         return Precision.bf16, f"matrix products in bf16 ({bf16_instructions()}), weights and sums in fp32" if (
-            device == "cpu") else "matrix products in bf16, weights and sums in fp32"
-    return Precision.fp32, {"cuda": "this GPU has no bf16; train.precision=fp16 is faster and scales the loss",
-                            "mps": "autocast is not used on Apple's MPS",
-                            "cpu": "this CPU has no bf16 instructions, bf16 would be slower"}[device]
+            device == "cpu"
+        ) else "matrix products in bf16, weights and sums in fp32"
+    return Precision.fp32, {
+        "cuda": "this GPU has no bf16; train.precision=fp16 is faster and scales the loss",
+        "mps": "autocast is not used on Apple's MPS",
+        "cpu": "this CPU has no bf16 instructions, bf16 would be slower",
+    }[device]
 
 
 def bf16_instructions() -> str:
@@ -65,9 +84,12 @@ def choose_attention(asked: Attention, device: str) -> tuple[str, str]:
         return "sdpa", "isolates packed conversations by their positions on every device"
     if asked is Attention.flash_attention_2:
         from transformers.utils import is_flash_attn_2_available
+
         if not is_flash_attn_2_available():
-            raise UserError("train.attention=flash_attention_2: the flash-attn package or a GPU for it is missing; "
-                            "use train.attention=sdpa")
+            raise UserError(
+                "train.attention=flash_attention_2: the flash-attn package or a GPU for it is missing; "
+                "use train.attention=sdpa"
+            )
     if asked is Attention.flex_attention and device != "cuda":
         raise UserError(f"train.attention=flex_attention has no backward pass on {device}; use train.attention=sdpa")
     return asked.value, "asked for"
@@ -77,8 +99,10 @@ def micro_batch_rows(train: Train, rows_per_process: int, device: str) -> int:
     """Rows of one forward pass: as asked, or the largest divisor of a process's rows that its memory should hold."""
     if train.micro_batch_rows is not None:
         if rows_per_process % train.micro_batch_rows:
-            raise UserError(f"train.micro_batch_rows={train.micro_batch_rows} does not divide the {rows_per_process} "
-                            "rows that one process has in a step (train.tokens_per_step / train.max_length / processes)")
+            raise UserError(
+                f"train.micro_batch_rows={train.micro_batch_rows} does not divide the {rows_per_process} "
+                "rows that one process has in a step (train.tokens_per_step / train.max_length / processes)"
+            )
         return train.micro_batch_rows
     # On a CPU more rows only cost memory. On a GPU the activations of Aquila-135M take about 0.6 MB a token in bf16;
     # 512 tokens per GiB leave a good half of the memory to weights, optimizer and the loss.
@@ -93,5 +117,6 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     import resource
     import sys
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,7 +3,7 @@
 Both reach the user as one line and an exit status (train.py); everything else is a bug and keeps its traceback.
 """
 
-DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 3      # exit statuses of `python train.py`
+DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 3  # exit statuses of `python train.py`
 
 
 class UserError(ValueError):

@@ -35,10 +35,10 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.seed = seed
-        self.random = torch.Generator().manual_seed(seed)       # on the CPU: the same draws on every device
+        self.random = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
         self.stop_ids = set(stop_ids(tokenizer))
         self.context_tokens = model.config.max_position_embeddings
-        self._cached: tuple[list[int], object] = ([], None)     # ids, and past_key_values for just these
+        self._cached: tuple[list[int], object] = ([], None)  # ids, and past_key_values for just these
 
     @classmethod
     def load(cls, folder: Path, *, seed: int = 0, converted_to: Path | None = None) -> "Generator":
@@ -53,9 +53,11 @@ class Generator:
         model = models.load(folder)
         num_rows = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > num_rows:
-            raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} entries and the model's embedding "
-                            f"{num_rows} rows; they belong to different models")
-        try:        # now, not at the first question, which also spares that one two seconds
+            raise UserError(
+                f"{folder}: the tokenizer has {len(tokenizer)} entries and the model's embedding "
+                f"{num_rows} rows; they belong to different models"
+            )
+        try:  # now, not at the first question, which also spares that one two seconds
             encode_messages(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
         except UserError as error:
             raise UserError(f"{folder} is not tuned for chat ({error}); tune it with recipe=sft") from None
@@ -82,10 +84,12 @@ class Generator:
     def next_id(self, ids: list[int], settings: Generate) -> int:
         """The id to follow `ids`: the likeliest at temperature 0, otherwise drawn from the top_p of them."""
         scores = self._next_logits(ids)
-        if not scores.max().isfinite():             # the maximum of anything and NaN is NaN
-            raise UserError("the model's outputs are not finite numbers: its weights are damaged, or its "
-                            "training diverged; use an earlier checkpoint")
-        scores = scores[:, :len(self.tokenizer)]    # a padded embedding has rows that spell nothing
+        if not scores.max().isfinite():  # the maximum of anything and NaN is NaN
+            raise UserError(
+                "the model's outputs are not finite numbers: its weights are damaged, or its "
+                "training diverged; use an earlier checkpoint"
+            )
+        scores = scores[:, : len(self.tokenizer)]  # a padded embedding has rows that spell nothing
         if settings.repetition_penalty != 1:
             penalize = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
             scores = penalize(torch.tensor([ids]), scores)
@@ -99,11 +103,11 @@ class Generator:
     def _next_logits(self, ids: list[int]) -> Tensor:
         """(1, V), fp32, on the CPU: the logits behind the last of `ids`. Computes what the cache lacks."""
         known_ids, cache = self._cached
-        if not 0 < len(known_ids) < len(ids) or ids[:len(known_ids)] != known_ids:
+        if not 0 < len(known_ids) < len(ids) or ids[: len(known_ids)] != known_ids:
             known_ids, cache = [], None
-        self._cached = ([], None)       # an interrupted forward pass leaves some layers ahead of the others
+        self._cached = ([], None)  # an interrupted forward pass leaves some layers ahead of the others
         with torch.inference_mode():
-            new_ids = torch.tensor([ids[len(known_ids):]], device=self.model.device)
+            new_ids = torch.tensor([ids[len(known_ids) :]], device=self.model.device)
             out = self.model(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1].float().cpu()
         self._cached = (list(ids), out.past_key_values)
@@ -137,14 +141,14 @@ class Answer:
                 break
             ids.append(new_id)
             self.tokens += 1
-            whole = self._decode(ids[len(self._ids):])
+            whole = self._decode(ids[len(self._ids) :])
             yield from self._grow(UNFINISHED.sub("", whole))
         else:
             self.end = "max_new_tokens" if limit <= room else "context"
         yield from self._grow(whole)
 
     def _grow(self, text: str) -> Iterator[str]:
-        piece = text[len(self.text):]
+        piece = text[len(self.text) :]
         self.text += piece
         if piece:
             yield piece
@@ -177,5 +181,7 @@ def fit_history(tokenizer, messages: list[Message], context_tokens: int, reserve
         if len(ids) + reserve <= context_tokens:
             return kept
     beside = " with the system line" if num_system else ""
-    raise UserError(f"this message{beside} is {len(ids)} tokens long; the context is {context_tokens}, of "
-                    f"which {reserve} are kept for the answer; shorten it")
+    raise UserError(
+        f"this message{beside} is {len(ids)} tokens long; the context is {context_tokens}, of "
+        f"which {reserve} are kept for the answer; shorten it"
+    )

@@ -28,14 +28,26 @@ from aquila_sft.errors import UserError
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 
-PROBE_S = 6.0       # for all of the probe: a run that cannot start says so within 10 s, imports included
+PROBE_S = 6.0  # for all of the probe: a run that cannot start says so within 10 s, imports included
 
 # What AutoModelForCausalLM and AutoTokenizer read, and qwen.tiktoken, which recipe=tokenizer converts.
 # Never *.py, and no pickles (*.bin, *.pt): neither is ever executed or loaded here.
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-               "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-               "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja")
-NOT_MODEL_FILES = ("*/*", "consolidated*")      # subfolders; Mistral's second copy of the weights
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.jinja",
+)
+NOT_MODEL_FILES = ("*/*", "consolidated*")  # subfolders; Mistral's second copy of the weights
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".zip", ".gz", ".tar")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -46,12 +58,12 @@ class Wanted:
     """Part of one repository, with what a person calls it."""
 
     repo: str
-    kind: str                           # `model` or `dataset`
-    revision: str | None                # commit, tag or branch; None: the main branch
-    include: tuple[str, ...]            # patterns of file names; * also matches /
+    kind: str  # `model` or `dataset`
+    revision: str | None  # commit, tag or branch; None: the main branch
+    include: tuple[str, ...]  # patterns of file names; * also matches /
     exclude: tuple[str, ...] = ()
     subset: str | None = None
-    hint: str = ""                      # what else the user may have meant
+    hint: str = ""  # what else the user may have meant
 
     @property
     def name(self) -> str:
@@ -60,7 +72,7 @@ class Wanted:
         return f"{kind} {self.repo} ({subset}revision {self.revision or 'main'})"
 
     @property
-    def page(self) -> str:              # conditions are accepted on the Hub itself, not on a mirror of it
+    def page(self) -> str:  # conditions are accepted on the Hub itself, not on a mirror of it
         return "https://huggingface.co/" + ("datasets/" if self.kind == "dataset" else "") + self.repo
 
     @property
@@ -69,19 +81,28 @@ class Wanted:
 
     @property
     def selection(self) -> dict[str, Any]:
-        return {"repo_type": self.kind, "revision": self.revision,
-                "allow_patterns": list(self.include), "ignore_patterns": list(self.exclude)}
+        return {
+            "repo_type": self.kind,
+            "revision": self.revision,
+            "allow_patterns": list(self.include),
+            "ignore_patterns": list(self.exclude),
+        }
 
     def pick(self, names: list[str]) -> list[str]:
-        return sorted(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in self.include)
-                      and not any(fnmatch.fnmatchcase(n, p) for p in self.exclude))
+        return sorted(
+            n
+            for n in names
+            if any(fnmatch.fnmatchcase(n, p) for p in self.include)
+            and not any(fnmatch.fnmatchcase(n, p) for p in self.exclude)
+        )
 
     def refusal(self, why: str) -> UserError:
         """One line: what is missing, why, and the three ways on."""
         return UserError(
             f"cannot get {self.name}: {why}{self.hint}; accept the conditions at {self.page} and run "
             f"`hf auth login` (or set HF_TOKEN); or point at a local copy: {self.local_way}; "
-            "or use scale=mini for a small trial without it")
+            "or use scale=mini for a small trial without it"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ class DatasetFiles:
 
     files: list[Path]
     repo: str
-    revision: str           # the commit, 40 hex digits
+    revision: str  # the commit, 40 hex digits
     subset: str
     licence: str
 
@@ -114,16 +135,17 @@ def model_folder(path: str, revision: str | None) -> Path:
     if "://" in path:
         raise UserError(f"model.path={path} is an address; write the Hub id, owner/name, or a local folder")
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-    if looks_local or path.endswith(FILE_SUFFIXES):         # not Path.suffix: that of Qwen2.5-0.5B is .5B
+    if looks_local or path.endswith(FILE_SUFFIXES):  # not Path.suffix: that of Qwen2.5-0.5B is .5B
         raise UserError(f"model.path={path}: no such folder (working directory {Path.cwd()})")
     from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(path)
     except HFValidationError:
-        raise UserError(f"model.path={path!r} is neither a folder here nor a Hub id such as "
-                        "BAAI/Aquila-135M") from None
-    return fetch(Wanted(path, "model", revision, MODEL_FILES, NOT_MODEL_FILES,
-                        hint=" (and no folder here has that name)"))
+        raise UserError(f"model.path={path!r} is neither a folder here nor a Hub id such as BAAI/Aquila-135M") from None
+    return fetch(
+        Wanted(path, "model", revision, MODEL_FILES, NOT_MODEL_FILES, hint=" (and no folder here has that name)")
+    )
 
 
 def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
@@ -135,18 +157,23 @@ def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
 
     known = sorted(file.stem for file in MANIFESTS.glob("*.yaml"))
     if manifest not in known:
-        raise UserError(f"data.manifest={manifest} is not one of {', '.join(known)}"
-                        f"{nearest(str(manifest), known)}")
+        raise UserError(f"data.manifest={manifest} is not one of {', '.join(known)}{nearest(str(manifest), known)}")
     about = OmegaConf.to_container(OmegaConf.load(MANIFESTS / f"{manifest}.yaml"))
     subsets = about["subsets"]
     if subset not in subsets:
-        raise UserError(f"data.subset={subset} is not one of {', '.join(subsets)} of data.manifest={manifest}"
-                        f"{nearest(str(subset), list(subsets))}")
-    wanted = Wanted(about["repo"], "dataset", about["revision"], include=tuple(subsets[subset]["files"]),
-                    subset=subset)
+        raise UserError(
+            f"data.subset={subset} is not one of {', '.join(subsets)} of data.manifest={manifest}"
+            f"{nearest(str(subset), list(subsets))}"
+        )
+    wanted = Wanted(about["repo"], "dataset", about["revision"], include=tuple(subsets[subset]["files"]), subset=subset)
     folder = fetch(wanted)
-    return DatasetFiles([folder / name for name in wanted.pick(names_in(folder))], repo=wanted.repo,
-                        revision=folder.name, subset=subset, licence=about["licence"])
+    return DatasetFiles(
+        [folder / name for name in wanted.pick(names_in(folder))],
+        repo=wanted.repo,
+        revision=folder.name,
+        subset=subset,
+        licence=about["licence"],
+    )
 
 
 def fetch(wanted: Wanted) -> Path:
@@ -167,10 +194,13 @@ def fetch(wanted: Wanted) -> Path:
         return download(wanted, commit, sizes)
     except download_errors() as error:
         if full(error):
-            raise UserError(f"no space left for {wanted.name} in {cache_folder()}; free some, or set HF_HOME "
-                            "to a folder on a larger disk; the same command goes on") from error
-        raise wanted.refusal(f"the download broke off ({why(error)}), the same command goes on with the "
-                             "missing files") from error
+            raise UserError(
+                f"no space left for {wanted.name} in {cache_folder()}; free some, or set HF_HOME "
+                "to a folder on a larger disk; the same command goes on"
+            ) from error
+        raise wanted.refusal(
+            f"the download broke off ({why(error)}), the same command goes on with the missing files"
+        ) from error
 
 
 def cached(wanted: Wanted) -> Path | None:
@@ -180,7 +210,7 @@ def cached(wanted: Wanted) -> Path | None:
 
     try:
         folder = Path(snapshot_download(wanted.repo, **wanted.selection, local_files_only=True))
-    except LocalEntryNotFoundError:         # also for a snapshot that its listing shows to be incomplete
+    except LocalEntryNotFoundError:  # also for a snapshot that its listing shows to be incomplete
         return None
     # A cache without a listing (older versions, single files by hand) cannot tell what is missing; names can.
     return folder if missing_from(wanted, names_in(folder)) is None else None
@@ -194,16 +224,16 @@ def probe(wanted: Wanted) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     timeout = probe_seconds()
-    info = HfApi().repo_info(wanted.repo, repo_type=wanted.kind, revision=wanted.revision,
-                             files_metadata=True, timeout=timeout)
+    info = HfApi().repo_info(
+        wanted.repo, repo_type=wanted.kind, revision=wanted.revision, files_metadata=True, timeout=timeout
+    )
     if not COMMIT.fullmatch(info.sha or ""):
         raise Lacking("the answer names no commit")
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
     names = wanted.pick(list(sizes))
     if (what := missing_from(wanted, names)) is not None:
         raise Lacking(f"the repository has {what} at commit {info.sha}")
-    get_hf_file_metadata(hf_hub_url(wanted.repo, names[0], repo_type=wanted.kind, revision=info.sha),
-                         timeout=timeout)
+    get_hf_file_metadata(hf_hub_url(wanted.repo, names[0], repo_type=wanted.kind, revision=info.sha), timeout=timeout)
     return info.sha, {name: sizes[name] for name in names}
 
 
@@ -214,8 +244,10 @@ def check_room(wanted: Wanted, commit: str, sizes: dict[str, int]) -> None:
     left = {name: size for name, size in sizes.items() if not (here / name).is_file()}
     disk = next(p for p in (cache, *cache.parents) if p.exists())
     if left:
-        say(f"downloading {wanted.name}, commit {commit}: {len(left)} of {len(sizes)} files, "
-            f"{sum(left.values()) / 1e9:.2f} GB, to {cache}")
+        say(
+            f"downloading {wanted.name}, commit {commit}: {len(left)} of {len(sizes)} files, "
+            f"{sum(left.values()) / 1e9:.2f} GB, to {cache}"
+        )
     if sum(left.values()) > shutil.disk_usage(disk).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
 
@@ -225,9 +257,9 @@ def download(wanted: Wanted, commit: str, sizes: dict[str, int]) -> Path:
 
     folder = Path(snapshot_download(wanted.repo, **{**wanted.selection, "revision": commit}))
     missing = [name for name in sizes if not (folder / name).is_file()]
-    if missing:                             # snapshot_download returns what is cached when the Hub goes away
+    if missing:  # snapshot_download returns what is cached when the Hub goes away
         raise OSError(f"{missing[0]} is missing")
-    if wanted.revision != commit:           # tells the cache what `main` is, for a later run without network
+    if wanted.revision != commit:  # tells the cache what `main` is, for a later run without network
         hf_hub_download(wanted.repo, next(iter(sizes)), repo_type=wanted.kind, revision=wanted.revision)
     return folder
 
@@ -246,7 +278,7 @@ def missing_from(wanted: Wanted, names: list[str]) -> str | None:
             return "no config.json"
         if not any(n.endswith(".safetensors") for n in names):
             return "no *.safetensors (pickled weights are not read)"
-    for name in names:                      # train-00000-of-00015.parquet, model-00001-of-00002.safetensors
+    for name in names:  # train-00000-of-00015.parquet, model-00001-of-00002.safetensors
         if part := re.fullmatch(r"(.*-)(\d{5})(-of-(\d{5})\..*)", name):
             first = 0 if f"{part[1]}00000{part[3]}" in names else 1
             for number in range(first, first + int(part[4])):
@@ -272,7 +304,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             answer.put((work(), None))
-        except BaseException as error:      # handed over, and raised below
+        except BaseException as error:  # handed over, and raised below
             answer.put((None, error))
 
     threading.Thread(target=run, name="hub-probe", daemon=True).start()
@@ -295,7 +327,7 @@ def probe_errors() -> tuple[type[Exception], ...]:
 
 
 def download_errors() -> tuple[type[Exception], ...]:
-    return *probe_errors(), RuntimeError            # what the Xet transfer raises
+    return *probe_errors(), RuntimeError  # what the Xet transfer raises
 
 
 def why(error: Exception) -> str:
@@ -310,6 +342,7 @@ def why(error: Exception) -> str:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+
     host = constants.ENDPOINT
     logged_in = get_token() is not None
     account = "this account has no access" if logged_in else "nobody is logged in"
@@ -329,8 +362,12 @@ def why(error: Exception) -> str:
         return "it has no such revision"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        meaning = {401: "the token was refused" if logged_in else account,
-                   403: "access was refused", 404: "not found", 429: "too many requests"}
+        meaning = {
+            401: "the token was refused" if logged_in else account,
+            403: "access was refused",
+            404: "not found",
+            429: "too many requests",
+        }
         return f"{host} answered {status}" + (f", {meaning[status]}" if status in meaning else "")
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"{host} did not answer in time (HF_HUB_ETAG_TIMEOUT=60 waits longer)"

@@ -46,9 +46,15 @@ class Bar:
     """Steps, loss, tokens a second and time left on stderr, from the main process."""
 
     def __init__(self, total_steps: int, done_steps: int) -> None:
-        self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1,
-                        disable=not runtime.is_main(),
-                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
+        self.bar = tqdm(
+            total=total_steps,
+            initial=done_steps,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=not runtime.is_main(),
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+        )
 
     def step(self, steps: int) -> None:
         self.bar.update(steps)

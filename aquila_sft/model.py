@@ -8,8 +8,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
-from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from aquila_sft.chat_template import stop_ids
 from aquila_sft.config import Architecture, Model
@@ -18,17 +26,36 @@ from aquila_sft.tokenizer import save_tokenizer
 
 
 def build(cfg: Model, tokenizer: PreTrainedTokenizerBase, *, attention: str, seed: int) -> PreTrainedModel:
-    """Fresh fp32 weights of the architecture in `cfg`; reproducible from `seed`. Raises UserError on a vocabulary clash."""
+    """Fresh fp32 weights of the architecture in `cfg`, reproducible from `seed`. UserError on a vocabulary clash."""
     vocab_size = cfg.vocab_size or len(tokenizer)
     if len(tokenizer) > vocab_size:
-        raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {len(tokenizer)} entries; "
-                        "use that tokenizer's own size or model.vocab_size=null")
-    shape = {name: getattr(cfg, name) for name in (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings")}
-    shape |= {"vocab_size": vocab_size, "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-              "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-              "pad_token_id": tokenizer.pad_token_id, "attn_implementation": attention}
+        raise UserError(
+            f"model.vocab_size={vocab_size} is less than the tokenizer's {len(tokenizer)} entries; "
+            "use that tokenizer's own size or model.vocab_size=null"
+        )
+    shape = {
+        name: getattr(cfg, name)
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "initializer_range",
+            "tie_word_embeddings",
+        )
+    }
+    shape |= {
+        "vocab_size": vocab_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": attention,
+    }
     torch.manual_seed(seed)
     if cfg.architecture is Architecture.mistral:
         return MistralForCausalLM(MistralConfig(sliding_window=cfg.sliding_window, **shape))
@@ -49,17 +76,29 @@ def load(folder: Path, *, attention: str = "sdpa") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except (ValueError, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={folder} cannot be loaded: {first}") from None
-    faults = {kind: sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[f"{kind}_keys"])
-              for kind in ("missing", "unexpected", "mismatched")}
+    faults = {
+        kind: sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[f"{kind}_keys"])
+        for kind in ("missing", "unexpected", "mismatched")
+    }
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                         for kind, names in faults.items() if names)
-        raise UserError(f"model.path={folder}: the weights do not fit {config.architectures or config.model_type}: {told}")
+        told = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for kind, names in faults.items()
+            if names
+        )
+        raise UserError(
+            f"model.path={folder}: the weights do not fit {config.architectures or config.model_type}: {told}"
+        )
     if config.tie_word_embeddings:
         check_tied(model, folder)
     return model
@@ -72,11 +111,16 @@ def check_tied(model: PreTrainedModel, folder: Path) -> None:
     stored = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            stored |= {name: weights.get_tensor(name) for name in weights.keys()
-                       if name in ("lm_head.weight", "model.embed_tokens.weight")}
+            stored |= {
+                name: weights.get_tensor(name)
+                for name in weights.keys()
+                if name in ("lm_head.weight", "model.embed_tokens.weight")
+            }
     if len(stored) == 2 and not torch.equal(*stored.values()):
-        raise UserError(f"model.path={folder}: config.json ties the output head to the embedding, but the stored "
-                        "lm_head.weight is another matrix; set tie_word_embeddings to false there, or remove the head")
+        raise UserError(
+            f"model.path={folder}: config.json ties the output head to the embedding, but the stored "
+            "lm_head.weight is another matrix; set tie_word_embeddings to false there, or remove the head"
+        )
     model.tie_weights()
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise UserError(f"model.path={folder}: its output head could not be tied to its embedding")
@@ -98,7 +142,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without remote code or pickle."""
-    model.config.use_cache = True                       # training turned it off; generation wants it
+    model.config.use_cache = True  # training turned it off; generation wants it
     model.generation_config.eos_token_id = stop_ids(tokenizer)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -30,10 +30,29 @@ from aquila_sft import runtime
 from aquila_sft.errors import UserError
 
 # Settings that cannot change the weights, or that the identity holds by content instead of by name.
-NOT_IDENTITY = {"run_name", "output_dir", "overwrite", "report_to", "recipe", "scale_is_explicit", "debug", "demo",
-                "data.files", "data.manifest", "data.subset", "model.path", "model.revision", "tokenizer.path",
-                "tokenizer.ranks", "train.micro_batch_rows", "train.logging_steps", "train.save_steps",
-                "train.eval_steps", "train.keep_checkpoints", "train.activation_checkpointing"}
+NOT_IDENTITY = {
+    "run_name",
+    "output_dir",
+    "overwrite",
+    "report_to",
+    "recipe",
+    "scale_is_explicit",
+    "debug",
+    "demo",
+    "data.files",
+    "data.manifest",
+    "data.subset",
+    "model.path",
+    "model.revision",
+    "tokenizer.path",
+    "tokenizer.ranks",
+    "train.micro_batch_rows",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.eval_steps",
+    "train.keep_checkpoints",
+    "train.activation_checkpointing",
+}
 
 
 @dataclasses.dataclass
@@ -74,8 +93,10 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
         if previous is None:
             strangers = [p.name for p in run.path.iterdir() if p.name not in (".lock", "summary.json")]
             if strangers:
-                raise UserError(f"{run.path} is not empty and not a run directory (it holds {strangers[0]}); "
-                                "choose another with run_name= or output_dir=")
+                raise UserError(
+                    f"{run.path} is not empty and not a run directory (it holds {strangers[0]}); "
+                    "choose another with run_name= or output_dir="
+                )
         elif previous["sha256"] != digest(identity):
             if not cfg.overwrite:
                 raise UserError(refusal(run.path, previous["identity"], identity))
@@ -83,8 +104,9 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
                 if child.name != ".lock":
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
         if not run.is_finished():
-            (run.path / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True),
-                                                  encoding="utf-8")
+            (run.path / "config.yaml").write_text(
+                yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
             write_json(run.path / "env.json", environment())
             write_json(run.path / "identity.json", {"sha256": digest(identity), "identity": identity})
         yield run
@@ -105,9 +127,10 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process (pid {lock.read().strip() or 'unknown'}) trains in {path}; two runs "
-                            "need two run_name=, and several processes of one run a launcher (README, 'Launching')"
-                            ) from None
+            raise UserError(
+                f"another process (pid {lock.read().strip() or 'unknown'}) trains in {path}; two runs "
+                "need two run_name=, and several processes of one run a launcher (README, 'Launching')"
+            ) from None
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))
@@ -116,10 +139,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def refusal(path: Path, old: dict, new: dict) -> str:
-    differing = [f"{k}: {old.get(k, 'absent')} there, {new.get(k, 'absent')} now"
-                 for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    return (f"{path} holds a run of another configuration ({digest(old)[:12]} there, {digest(new)[:12]} now; "
-            f"{'; '.join(differing)}); give this one a run_name= of its own, or overwrite=true to delete that run")
+    differing = [
+        f"{k}: {old.get(k, 'absent')} there, {new.get(k, 'absent')} now"
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k)
+    ]
+    return (
+        f"{path} holds a run of another configuration ({digest(old)[:12]} there, {digest(new)[:12]} now; "
+        f"{'; '.join(differing)}); give this one a run_name= of its own, or overwrite=true to delete that run"
+    )
 
 
 def identity_of(cfg: Any, **contents: str) -> dict:
@@ -136,8 +164,10 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 def plain(cfg: Any) -> dict:
     """A dataclass as dicts, lists, strings and numbers."""
+
     def value(v: Any) -> Any:
         return v.value if isinstance(v, enum.Enum) else v
+
     return dataclasses.asdict(cfg, dict_factory=lambda pairs: {k: value(v) for k, v in pairs})
 
 
@@ -156,25 +186,44 @@ def files_sha256(files: list[Path]) -> str:
 
 def environment() -> dict:
     """What a number in this directory was produced with."""
+
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
-                                  timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = ("aquila-sft", "torch", "triton", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers",
-                "hydra-core", "numpy")
+    packages = (
+        "aquila-sft",
+        "torch",
+        "triton",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "accelerate",
+        "tokenizers",
+        "hydra-core",
+        "numpy",
+    )
     versions = {}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain")),
-            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
-            "processes": runtime.world_size(), "versions": versions}
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "processes": runtime.world_size(),
+        "versions": versions,
+    }
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """Learning rate as a pure function of the step: what optim.lr is multiplied with.
 
-    1 |   /‾‾‾\\__          cosine, linear, constant after a linear warm-up; the first step already moves,
-      |  /       \\__       and the rate reaches min_lr_ratio when the last step is done, not before
-      +------------------> step
+1 |   /‾‾‾\\__          cosine, linear, constant after a linear warm-up; the first step already moves,
+  |  /       \\__       and the rate reaches min_lr_ratio when the last step is done, not before
+  +------------------> step
 """
 
 import math
@@ -22,6 +22,9 @@ def multiplier(step: int, schedule: Schedule, total_steps: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    fallen = {ScheduleKind.constant: 0.0, ScheduleKind.linear: progress,
-              ScheduleKind.cosine: (1 - math.cos(math.pi * progress)) / 2}[schedule.kind]
+    fallen = {
+        ScheduleKind.constant: 0.0,
+        ScheduleKind.linear: progress,
+        ScheduleKind.cosine: (1 - math.cos(math.pi * progress)) / 2,
+    }[schedule.kind]
     return 1 - (1 - schedule.min_lr_ratio) * fallen

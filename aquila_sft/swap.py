@@ -13,9 +13,8 @@ from aquila_kernels.linear_cross_entropy import linear_cross_entropy, linear_log
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
+from aquila_sft.data.rows import IGNORE
 from aquila_sft.errors import UserError
-
-IGNORE = -100
 
 
 def base_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -36,7 +35,7 @@ def install_loss(model: torch.nn.Module) -> None:
         raise UserError(f"{type(base).__name__} has no plain linear output head; its loss cannot be computed here")
     decoder, own_forward = base.base_model, type(base).forward
 
-    @functools.wraps(own_forward)       # generate() checks its arguments against this signature
+    @functools.wraps(own_forward)  # generate() checks its arguments against this signature
     def forward(self, *args, targets: Tensor | None = None, per_token: bool = False, **kwargs):
         if targets is None:
             return own_forward(self, *args, **kwargs)
@@ -67,9 +66,11 @@ def check_loss(model: torch.nn.Module, device: str, autocast: AbstractContextMan
         ours = model(input_ids=ids, targets=targets_of(ids)).loss
     model.train(was_training)
     plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    if (ours.float() - plain).abs() > 1e-2 * plain.abs():       # bf16 products round at 2^-8, sums are fp32
-        raise UserError(f"{type(base_of(model)).__name__} does more to its logits than its output head does: our loss is "
-                        f"{ours.item():.4f}, its own {plain.item():.4f}; this architecture is not supported")
+    if (ours.float() - plain).abs() > 1e-2 * plain.abs():  # bf16 products round at 2^-8, sums are fp32
+        raise UserError(
+            f"{type(base_of(model)).__name__} does more to its logits than its output head does: our loss is "
+            f"{ours.item():.4f}, its own {plain.item():.4f}; this architecture is not supported"
+        )
 
 
 @torch.no_grad()
@@ -89,9 +90,11 @@ def check_isolation(model: torch.nn.Module, device: str, autocast: AbstractConte
         alone = model(input_ids=second, position_ids=positions[:, 9:], use_cache=False).logits.float()
     model.train(was_training)
     difference = ((together - alone).abs().max() / alone.abs().max()).item()
-    if not difference < 0.03:      # a leak changes logits by their own size; bf16 rounding by less than 1 %
-        raise UserError(f"attention {base_of(model).config._attn_implementation} does not keep packed conversations apart "
-                        f"(their logits differ by {difference:.0%}); use train.attention=sdpa")
+    if not difference < 0.03:  # a leak changes logits by their own size; bf16 rounding by less than 1 %
+        raise UserError(
+            f"attention {base_of(model).config._attn_implementation} does not keep packed conversations apart "
+            f"(their logits differ by {difference:.0%}); use train.attention=sdpa"
+        )
     return difference
 
 

@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from aquila_sft import checkpoint, runtime, schedule, swap
 from aquila_sft.config import Precision, SftRun
-from aquila_sft.data.sft_set import PackedRows, RowOrder
+from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.device import Choices, micro_batch_rows, peak_memory_bytes
 from aquila_sft.errors import UserError
 from aquila_sft.log import Bar, MetricsFile
@@ -43,13 +43,15 @@ class Plan:
         self.rows_per_step = train.tokens_per_step // train.max_length
         if self.rows_per_step % world:
             unit = world * train.max_length
-            raise UserError(f"train.tokens_per_step={train.tokens_per_step} is not a multiple of processes x "
-                            f"train.max_length = {world} x {train.max_length} = {unit}; use "
-                            f"{-(-train.tokens_per_step // unit) * unit}")
+            raise UserError(
+                f"train.tokens_per_step={train.tokens_per_step} is not a multiple of processes x "
+                f"train.max_length = {world} x {train.max_length} = {unit}; use "
+                f"{-(-train.tokens_per_step // unit) * unit}"
+            )
         self.micro_rows = micro_batch_rows(train, self.rows_per_step // world, device)
         self.accumulation = self.rows_per_step // world // self.micro_rows
         if train.num_epochs is not None:
-            self.end = math.ceil(num_rows * train.num_epochs)              # in places: rows to be trained on
+            self.end = math.ceil(num_rows * train.num_epochs)  # in places: rows to be trained on
             self.steps = math.ceil(self.end / self.rows_per_step)
         else:
             tokens = train.total_tokens or 0
@@ -64,38 +66,75 @@ class Plan:
 def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTConfig:
     """Every setting that TRL and transformers get. What is not named here keeps its default on purpose."""
     return SFTConfig(
-        output_dir=str(folder), seed=cfg.seed, report_to=cfg.report_to or "none",
-        per_device_train_batch_size=plan.micro_rows, gradient_accumulation_steps=plan.accumulation,
-        max_steps=plan.steps, train_sampling_strategy="sequential", dataloader_num_workers=0,
-        remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        optim="adamw_torch_fused", learning_rate=cfg.optim.lr, adam_beta1=cfg.optim.betas[0],
-        adam_beta2=cfg.optim.betas[1], adam_epsilon=cfg.optim.eps, weight_decay=cfg.optim.weight_decay,
+        output_dir=str(folder),
+        seed=cfg.seed,
+        report_to=cfg.report_to or "none",
+        per_device_train_batch_size=plan.micro_rows,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        optim="adamw_torch_fused",
+        learning_rate=cfg.optim.lr,
+        adam_beta1=cfg.optim.betas[0],
+        adam_beta2=cfg.optim.betas[1],
+        adam_epsilon=cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
         max_grad_norm=cfg.optim.max_grad_norm,
-        use_cpu=choices.device == "cpu", bf16=choices.precision is Precision.bf16,
-        fp16=choices.precision is Precision.fp16, activation_checkpointing=cfg.train.activation_checkpointing,
-        ddp_find_unused_parameters=False, average_tokens_across_devices=True,
-        logging_strategy="steps", logging_steps=cfg.train.logging_steps, logging_nan_inf_filter=False,
-        save_strategy="steps", save_steps=cfg.train.save_steps, eval_strategy="no", disable_tqdm=True)
+        use_cpu=choices.device == "cpu",
+        bf16=choices.precision is Precision.bf16,
+        fp16=choices.precision is Precision.fp16,
+        activation_checkpointing=cfg.train.activation_checkpointing,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+        logging_strategy="steps",
+        logging_steps=cfg.train.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=cfg.train.save_steps,
+        eval_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 class SftTrainer(SFTTrainer):
-    loss_is_scaled_for_ga = True        # compute_loss divides by the global count; nothing is left to divide
+    loss_is_scaled_for_ga = True  # compute_loss divides by the global count; nothing is left to divide
 
-    def __init__(self, cfg: SftRun, *, model: torch.nn.Module, tokenizer: object, rows: PackedRows, plan: Plan,
-                 choices: Choices, folder: Path, metrics: MetricsFile, stop: runtime.StopSignal,
-                 evaluation: Callable[[torch.nn.Module], dict]) -> None:
+    def __init__(
+        self,
+        cfg: SftRun,
+        *,
+        model: torch.nn.Module,
+        tokenizer: object,
+        rows: PackedRows,
+        plan: Plan,
+        choices: Choices,
+        folder: Path,
+        metrics: MetricsFile,
+        stop: runtime.StopSignal,
+        evaluation: Callable[[torch.nn.Module], dict],
+    ) -> None:
         self.cfg, self.plan, self.metrics, self.evaluation = cfg, plan, metrics, evaluation
         self.checkpoints = folder / "checkpoints"
         order = RowOrder(len(rows), cfg.seed, plan.end)
         super().__init__(
-            model=model, args=arguments(cfg, plan, choices, self.checkpoints), processing_class=tokenizer,
+            model=model,
+            args=arguments(cfg, plan, choices, self.checkpoints),
+            processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"place": np.arange(plan.places)}),
-            data_collator=partial(collate, rows=rows, order=order, length=cfg.train.max_length,
-                                  pad_id=tokenizer.pad_token_id))
+            data_collator=partial(
+                collate, rows=rows, order=order, length=cfg.train.max_length, pad_id=tokenizer.pad_token_id
+            ),
+        )
         if self.args.world_size != runtime.world_size():
-            raise UserError(f"{runtime.world_size()} processes were launched, but this one trains in a world of "
-                            f"{self.args.world_size}: they would train apart (README, 'Launching')")
-        swap.install_loss(self.model)       # after TRL installed its own fused head
+            raise UserError(
+                f"{runtime.world_size()} processes were launched, but this one trains in a world of "
+                f"{self.args.world_size}: they would train apart (README, 'Launching')"
+            )
+        swap.install_loss(self.model)  # after TRL installed its own fused head
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.narrator = Narrator(self, order, rows.row_tokens(), stop)
@@ -109,27 +148,35 @@ class SftTrainer(SFTTrainer):
         """
         if num_items_in_batch is None or return_outputs:
             raise RuntimeError("the Trainer did not count this step's supervised tokens; its interface has changed")
-        loss_sum = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"],
-                         targets=swap.targets_of(inputs["labels"])).loss
+        loss_sum = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            targets=swap.targets_of(inputs["labels"]),
+        ).loss
         return loss_sum / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                partial(schedule.multiplier, schedule=self.cfg.schedule, total_steps=num_training_steps))
+                partial(schedule.multiplier, schedule=self.cfg.schedule, total_steps=num_training_steps),
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         results = self.evaluation(self.model)
-        flat = {f"{metric_key_prefix}_{name}_{language}": value for language, figures in results.items()
-                for name, value in figures.items() if name != "answer_bytes"}
+        flat = {
+            f"{metric_key_prefix}_{name}_{language}": value
+            for language, figures in results.items()
+            for name, value in figures.items()
+            if name != "answer_bytes"
+        }
         self.log(flat)
         return flat
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        Trainer.log(self, logs, start_time)          # TRL's adds entropy and accuracy, which cost logits
+        Trainer.log(self, logs, start_time)  # TRL's adds entropy and accuracy, which cost logits
 
     def _save_checkpoint(self, model, trial):
         """The Trainer writes into a folder aside; what it wrote is then committed under its real name.
@@ -139,15 +186,16 @@ class SftTrainer(SFTTrainer):
         self.narrator.check_finite(self._tr_loss, self.state.global_step)
         step = self.state.global_step
         self.aside = self.checkpoints / f".writing-{step:06d}"
-        Trainer._save_checkpoint(self, model, trial)         # not TRL's: that writes a model card first
+        Trainer._save_checkpoint(self, model, trial)  # not TRL's: that writes a model card first
         barrier()
         if runtime.is_main():
             written = self.aside / f"checkpoint-{step}"
-            (written / "training_args.bin").unlink(missing_ok=True)          # a pickle that nothing reads
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
             save_tokenizer(self.processing_class, written)
             state_rope_theta(written)
-            checkpoint.commit(written, checkpoint.folder(self.checkpoints, step), step=step,
-                              places=step * self.plan.rows_per_step)
+            checkpoint.commit(
+                written, checkpoint.folder(self.checkpoints, step), step=step, places=step * self.plan.rows_per_step
+            )
             self.aside.rmdir()
             checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
         barrier()
@@ -170,7 +218,7 @@ class Narrator(TrainerCallback):
 
     def __init__(self, trainer: SftTrainer, order: RowOrder, row_tokens: np.ndarray, stop: runtime.StopSignal) -> None:
         self.trainer, self.stop = trainer, stop
-        self.order = RowOrder(order.num_rows, order.seed, order.end)      # its own: the loader's runs ahead
+        self.order = RowOrder(order.num_rows, order.seed, order.end)  # its own: the loader's runs ahead
         self.row_tokens = row_tokens
         self.tokens = self.counted_steps = 0
         self.loss = math.nan
@@ -214,20 +262,33 @@ class Narrator(TrainerCallback):
             self.check_finite(torch.tensor(self.loss), state.global_step)
             tokens, now = self.count_to(state.global_step), time.monotonic()
             tokens_per_s = (tokens - self.last_tokens) / (now - self.last_time)
-            metrics.write(step=state.global_step, tokens=tokens, loss=self.loss, lr=logs["learning_rate"],
-                          grad_norm=logs.get("grad_norm"), tokens_per_s=round(tokens_per_s, 1),
-                          peak_memory_bytes=peak_memory_bytes(), seconds=round(metrics.seconds(), 2))
+            metrics.write(
+                step=state.global_step,
+                tokens=tokens,
+                loss=self.loss,
+                lr=logs["learning_rate"],
+                grad_norm=logs.get("grad_norm"),
+                tokens_per_s=round(tokens_per_s, 1),
+                peak_memory_bytes=peak_memory_bytes(),
+                seconds=round(metrics.seconds(), 2),
+            )
             self.last_time, self.last_tokens = now, tokens
             self.bar.show(self.loss, tokens_per_s)
         elif evaluated := {k: v for k, v in logs.items() if k.startswith("eval_")}:
-            metrics.write(step=state.global_step, tokens=self.count_to(state.global_step),
-                          seconds=round(metrics.seconds(), 2), **evaluated)
+            metrics.write(
+                step=state.global_step,
+                tokens=self.count_to(state.global_step),
+                seconds=round(metrics.seconds(), 2),
+                **evaluated,
+            )
 
     def check_finite(self, loss: torch.Tensor, step: int) -> None:
         if not torch.isfinite(loss).all():
             good = checkpoint.newest(self.trainer.checkpoints)
-            raise UserError(f"the loss is {loss.item()} at step {step}; lower optim.lr={self.trainer.cfg.optim.lr} or look at "
-                            f"the data; last good checkpoint: {good.name if good else 'none'}")
+            raise UserError(
+                f"the loss is {loss.item()} at step {step}; lower optim.lr={self.trainer.cfg.optim.lr} or look at "
+                f"the data; last good checkpoint: {good.name if good else 'none'}"
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         self.bar.close()

@@ -91,15 +91,16 @@ def saying(generator: Generator, text: str) -> Generator:
 
 
 def run_in_process(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(runtime, "settle", lambda **_: None)        # the environment of the other tests stays
+    monkeypatch.setattr(runtime, "settle", lambda **_: None)  # the environment of the other tests stays
     monkeypatch.setattr(runtime, "set_threads", lambda: 1)
     return train.main(["recipe=chat", "generate.max_new_tokens=8", *words])
 
 
 # The decoding loop
 
+
 def test_pieces_are_whole_characters_though_their_bytes_are_tokens(generator):
-    text = "龘靐齉 🙂🙃 naïve 𠮷野家"                 # not in the tiny vocabulary: one token a byte
+    text = "龘靐齉 🙂🙃 naïve 𠮷野家"  # not in the tiny vocabulary: one token a byte
     assert len(generator.tokenizer.encode(text, add_special_tokens=False)) > len(text) + 10
     pieces = list(saying(generator, text).stream([user("?")], settings(max_new_tokens=100)))
     assert "".join(pieces) == text
@@ -109,7 +110,7 @@ def test_pieces_are_whole_characters_though_their_bytes_are_tokens(generator):
 def test_bytes_that_are_no_characters_are_streamed_as_decode_shows_them(generator):
     tokenizer = generator.tokenizer
     whole = tokenizer.encode("龘🙂a龘", add_special_tokens=False)
-    ids = [*whole[:1], *whole[1:3][::-1], *whole[4:], *whole[:2]]      # swapped, cut and unfinished bytes
+    ids = [*whole[:1], *whole[1:3][::-1], *whole[4:], *whole[:2]]  # swapped, cut and unfinished bytes
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text.count("\ufffd") > 2 and text.endswith("\ufffd")
     answer = scripted(generator, ids).stream([user("?")], settings())
@@ -121,10 +122,15 @@ def test_greedy_answers_are_those_of_generate(generator, penalty):
     messages = [user("这条河有多长？ How long is it?")]
     answer = generator.answer(messages, settings(repetition_penalty=penalty))
     ids, _ = encode_messages(generator.tokenizer, messages, default_system=None, add_generation_prompt=True)
-    out = generator.model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False,
-                                   repetition_penalty=penalty, eos_token_id=sorted(generator.stop_ids))
-    expected = out[0, len(ids):].tolist()
-    assert len(set(expected)) > 5                       # not a degenerate case
+    out = generator.model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=40,
+        do_sample=False,
+        repetition_penalty=penalty,
+        eos_token_id=sorted(generator.stop_ids),
+    )
+    expected = out[0, len(ids) :].tolist()
+    assert len(set(expected)) > 5  # not a degenerate case
     stopped = expected[-1] in generator.stop_ids
     assert answer.stopped == stopped and answer.tokens == len(expected) - stopped
     assert answer.text == generator.tokenizer.decode(expected, skip_special_tokens=True)
@@ -147,11 +153,12 @@ def test_the_next_turn_computes_only_what_is_new_and_answers_the_same(generator)
     asked += [assistant("".join(answer)), user("再说一遍。")]
     lengths = []
     generator.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     known_ids = list(generator._cached[0])
     ids, _ = encode_messages(generator.tokenizer, asked, default_system=None, add_generation_prompt=True)
     warm = "".join(generator.stream(asked, settings()))
-    if ids[:len(known_ids)] == known_ids:       # unless the answer's text has another, shorter spelling
+    if ids[: len(known_ids)] == known_ids:  # unless the answer's text has another, shorter spelling
         assert lengths[0] == len(ids) - len(known_ids)
     assert warm == generator.answer(asked, settings()).text
     assert lengths[-1] == 1
@@ -177,7 +184,7 @@ def test_an_interrupted_forward_pass_leaves_no_trace(generator):
     assert "".join(generator.stream([user("How?")], settings())) == expected
 
 
-@pytest.mark.parametrize("stop", ["<|im_end|>", "<|extra_204|>"])      # the end of the turn, and eos
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|extra_204|>"])  # the end of the turn, and eos
 def test_an_answer_ends_at_either_stop_id(generator, stop):
     ids = generator.tokenizer.encode("Yes.", add_special_tokens=False)
     rest = generator.tokenizer.encode(f"{stop} No.", add_special_tokens=False)
@@ -201,6 +208,7 @@ def test_weights_that_are_not_numbers_are_named(generator):
 
 # History and system line
 
+
 def test_the_oldest_turns_leave_whole_and_the_system_line_stays(generator):
     system = {"role": "system", "content": "You are terse."}
     turns = [[user(f"Question {i}: {'why ' * 20}"), assistant("Because. " * 10)] for i in range(12)]
@@ -215,7 +223,7 @@ def test_the_oldest_turns_leave_whole_and_the_system_line_stays(generator):
         return len(ids)
 
     assert num_tokens(kept) + 100 <= CONTEXT_TOKENS
-    assert num_tokens([system, *sum(turns[-num_turns - 1:], []), messages[-1]]) + 100 > CONTEXT_TOKENS
+    assert num_tokens([system, *sum(turns[-num_turns - 1 :], []), messages[-1]]) + 100 > CONTEXT_TOKENS
     short = [system, *turns[0], user("And?")]
     assert fit_history(generator.tokenizer, short, CONTEXT_TOKENS, 100) == short
 
@@ -249,10 +257,10 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(generator):
     session.take("Bees?")
     trained, is_target = encode_messages(generator.tokenizer, [*messages, assistant("They buzz.")])
     asked = generator.asked[-1]
-    assert trained[:len(asked)] == asked and is_target[len(asked)] and not is_target[len(asked) - 1]
+    assert trained[: len(asked)] == asked and is_target[len(asked)] and not is_target[len(asked) - 1]
 
 
-@pytest.mark.parametrize("line", [None, "You are a helpful assistant", "It's \\ \"quoted\"\n你好{{ x }}"])
+@pytest.mark.parametrize("line", [None, "You are a helpful assistant", 'It\'s \\ "quoted"\n你好{{ x }}'])
 def test_the_system_line_is_that_of_the_chat_template(generator, line):
     if line is not None and "{{" in line:
         line = line.replace("{{ x }}", "")
@@ -271,6 +279,7 @@ def test_a_typed_turn_end_is_text(generator):
 
 
 # The session
+
 
 def test_commands(generator, capsys):
     session = chat.Session(saying(generator, "Hi."), settings(), "You are terse.")
@@ -291,7 +300,7 @@ def test_commands(generator, capsys):
     assert said("/sytem x") == "/sytem is not a command; /help lists them\n"
     assert all(command in said("/help") for command in ("/reset", "/system", "/quit", "Ctrl-C"))
     assert said("") == said("   ") == said("\n") == "" and session.history == []
-    said(" /etc/hosts, what is it?")                                    # a blank in front: a message
+    said(" /etc/hosts, what is it?")  # a blank in front: a message
     assert session.history[0] == user("/etc/hosts, what is it?")
     assert said("/quit", goes_on=False) == ""
 
@@ -304,16 +313,19 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(generator, capsys):
     assert (out, err) == ("model> The bees\n", "(stopped)\n")
     assert session.history == [user("Tell me."), assistant("The bees")]
     scripted(generator, [KeyboardInterrupt])
-    assert session.take("And?")                                 # nothing was said: nothing to remember
+    assert session.take("And?")  # nothing was said: nothing to remember
     assert session.history == [user("Tell me."), assistant("The bees")]
 
 
-@pytest.mark.parametrize("typed, num_left", [
-    ([EOFError], 0),
-    ([KeyboardInterrupt, KeyboardInterrupt, "never"], 1),               # the second in a row leaves
-    ([KeyboardInterrupt, "Hello", KeyboardInterrupt, "Hello", "/quit", "never"], 1),
-    (["", "Hello", EOFError], 0),
-])
+@pytest.mark.parametrize(
+    "typed, num_left",
+    [
+        ([EOFError], 0),
+        ([KeyboardInterrupt, KeyboardInterrupt, "never"], 1),  # the second in a row leaves
+        ([KeyboardInterrupt, "Hello", KeyboardInterrupt, "Hello", "/quit", "never"], 1),
+        (["", "Hello", EOFError], 0),
+    ],
+)
 def test_ways_to_leave(generator, capsys, monkeypatch, typed, num_left):
     def fake_input(prompt):
         said = typed.pop(0)
@@ -371,7 +383,7 @@ class Terminal:
         try:
             while os.read(self.fd, 65536):
                 pass
-        except OSError:             # Linux: the other end is closed
+        except OSError:  # Linux: the other end is closed
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -392,7 +404,7 @@ def test_a_real_terminal_ctrl_c_paste_and_bytes(tmp_path):
         terminal.type("你好，世界！\n")
         terminal.wait_for("model> ")
         time.sleep(0.3)
-        terminal.type(b"\x03")                          # the key: the terminal sends SIGINT
+        terminal.type(b"\x03")  # the key: the terminal sends SIGINT
         terminal.wait_for("(stopped)", seconds=5)
         terminal.wait_for("you> ")
         # A paste, as terminals send it, is one message; libedit does not know pastes.
@@ -410,11 +422,11 @@ def test_a_real_terminal_ctrl_c_paste_and_bytes(tmp_path):
         terminal.wait_for("you> ")
         terminal.type("half a line")
         terminal.wait_for("half a line")
-        time.sleep(0.3)                                 # a signal just before select() would wait
+        time.sleep(0.3)  # a signal just before select() would wait
         terminal.type(b"\x03")
         terminal.wait_for("Ctrl-C again")
         terminal.wait_for("you> ")
-        terminal.type(b"\x04")                          # end of file
+        terminal.type(b"\x04")  # end of file
         assert terminal.close() == 0
     finally:
         if terminal.pid:
@@ -426,8 +438,9 @@ def test_a_real_terminal_ctrl_c_paste_and_bytes(tmp_path):
 
 # prompt= and prompts=
 
+
 def test_prompt_prints_the_answer_alone(folder, generator, monkeypatch, capsys):
-    text = '你好，"世界": a=b, {c} [d] \'e\' ${f} <|im_end|>'
+    text = "你好，\"世界\": a=b, {c} [d] 'e' ${f} <|im_end|>"
     assert run_in_process(monkeypatch, f"model.path={folder}", f"prompt={text}", "seed=7") == 0
     messages = [{"role": "system", "content": "You are a helpful assistant"}, user(text)]
     assert capsys.readouterr().out == generator.answer(messages, settings(max_new_tokens=8)).text + "\n"
@@ -448,32 +461,38 @@ def test_prompts_jsonl(folder, generator, monkeypatch, capsys, tmp_path):
     for answer, messages in zip(answers, asked, strict=True):
         expected = generator.answer(messages, settings(max_new_tokens=8))
         assert (answer["answer"], answer["stopped"], answer["tokens"]) == (
-            expected.text, expected.stopped, expected.tokens)
+            expected.text,
+            expected.stopped,
+            expected.tokens,
+        )
 
 
 def test_prompts_text_is_a_prompt_a_line_split_at_newlines_only(folder, monkeypatch, capsys, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("什么是引力？\r\n\n  \nOne\u2028two\x0cthree\x85four, \"five\"\n".encode())
+    file.write_bytes('什么是引力？\r\n\n  \nOne\u2028two\x0cthree\x85four, "five"\n'.encode())
     assert run_in_process(monkeypatch, f"model.path={folder}", f"prompts={file}") == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.strip("\n").split("\n")]
     assert [a["prompt"] for a in answers] == ["什么是引力？", 'One\u2028two\x0cthree\x85four, "five"']
     assert all(set(a) == {"prompt", "answer", "stopped", "tokens"} for a in answers)
 
 
-@pytest.mark.parametrize("bad, why", [
-    (b'{"prompt": "x"', "not JSON"),
-    (b'["x"]', 'either "prompt" or "messages"'),
-    (b'{"text": "x"}', 'either "prompt" or "messages"'),
-    (b'{"prompt": "x", "messages": []}', 'either "prompt" or "messages"'),
-    (b'{"prompt": 3}', "content is int"),
-    (b'{"prompt": "  "}', "empty"),
-    (b'{"prompt": "\\ud800"}', "surrogate"),
-    (b'{"prompt": "\xff"}', "not UTF-8"),
-    (b'{"messages": []}', "no messages"),
-    (b'{"messages": ["x"]}', "no list of objects"),
-    (b'{"messages": [{"role": "assistant", "content": "y"}]}', "last message"),
-    (b'{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
-])
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        (b'{"prompt": "x"', "not JSON"),
+        (b'["x"]', 'either "prompt" or "messages"'),
+        (b'{"text": "x"}', 'either "prompt" or "messages"'),
+        (b'{"prompt": "x", "messages": []}', 'either "prompt" or "messages"'),
+        (b'{"prompt": 3}', "content is int"),
+        (b'{"prompt": "  "}', "empty"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"messages": []}', "no messages"),
+        (b'{"messages": ["x"]}', "no list of objects"),
+        (b'{"messages": [{"role": "assistant", "content": "y"}]}', "last message"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+    ],
+)
 def test_a_bad_line_is_named_before_anything_is_loaded(monkeypatch, capsys, tmp_path, bad, why):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "good"}\n\n' + bad + b"\n")
@@ -490,11 +509,14 @@ def test_a_prompt_too_long_is_named_before_the_first_is_answered(folder, monkeyp
     assert out == "" and f"{file}:2: this message" in err
 
 
-@pytest.mark.parametrize("words, why", [
-    (["prompts=missing.txt"], "prompts=missing.txt: No such file"),
-    (["prompt="], "prompt=: the message to be answered is empty"),
-    (["prompt=a", "prompts=b"], "keep one"),
-])
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["prompts=missing.txt"], "prompts=missing.txt: No such file"),
+        (["prompt="], "prompt=: the message to be answered is empty"),
+        (["prompt=a", "prompts=b"], "keep one"),
+    ],
+)
 def test_what_is_asked_wrongly(monkeypatch, capsys, words, why):
     assert run_in_process(monkeypatch, *words) == 2
     assert why in capsys.readouterr().err
@@ -506,8 +528,12 @@ def test_folders_that_hold_no_model(monkeypatch, capsys, tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "final" / "config.json").touch()
     (tmp_path / "empty").mkdir()
-    reasons = {"nothing": "no such folder; train a model (recipe=sft scale=mini)", "adapter": "`final`",
-               "run": f"use model.path={tmp_path}/run/final", "empty": "no config.json"}
+    reasons = {
+        "nothing": "no such folder; train a model (recipe=sft scale=mini)",
+        "adapter": "`final`",
+        "run": f"use model.path={tmp_path}/run/final",
+        "empty": "no config.json",
+    }
     for name, why in reasons.items():
         assert run_in_process(monkeypatch, f"model.path={tmp_path}/{name}", "prompt=x") == 2
         err = capsys.readouterr().err
@@ -537,8 +563,9 @@ def test_several_processes_are_refused(monkeypatch, capsys):
 
 
 def test_a_slip_is_answered_before_torch_is_imported():
-    code = ("import sys, train; print(train.main(sys.argv[1:]), "
-            "[m for m in ('torch', 'transformers') if m in sys.modules])")
+    code = (
+        "import sys, train; print(train.main(sys.argv[1:]), [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     words = ["recipe=chat", "model.path=outputs/none/at/all", "prompt=x"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "2 []\n", done
@@ -546,6 +573,7 @@ def test_a_slip_is_answered_before_torch_is_imported():
 
 def test_the_model_cards_snippet_runs_without_remote_code(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     device = "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)

@@ -86,9 +86,7 @@ def tokenizer(request, tiny):
 
 
 def by_template(tokenizer, messages, **kwargs):
-    out = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs
-    )
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs)
     return out["input_ids"], [bool(mask) for mask in out["assistant_masks"]]
 
 
@@ -96,9 +94,7 @@ def test_text_is_byte_for_byte_the_published_templates(tiny):
     for messages in random_conversations(300):
         for prompt in (False, True):
             ours, published = (
-                tiny.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompt, chat_template=template
-                )
+                tiny.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, chat_template=template)
                 for template in (CHATML, PUBLISHED_TEMPLATE)
             )
             assert ours == published

@@ -87,14 +87,14 @@ def open_run(folder, *, finish=False, **changes):
 
 def test_the_run_directory_rule(tmp_path):
     folder = tmp_path / "run"
-    assert open_run(folder) is False                       # begin
-    assert open_run(folder) is False                       # go on
-    assert open_run(folder, run_name="b") is False         # a name changes no weights
+    assert open_run(folder) is False  # begin
+    assert open_run(folder) is False  # go on
+    assert open_run(folder, run_name="b") is False  # a name changes no weights
     open_run(folder, finish=True)
-    assert open_run(folder) is True                        # reuse
+    assert open_run(folder) is True  # reuse
     with pytest.raises(UserError, match=r"another configuration .*lr: 0.1 there, 0.2 now.*overwrite=true"):
         open_run(folder, lr=0.2)
-    assert open_run(folder) is True                        # a refusal loses nothing
+    assert open_run(folder) is True  # a refusal loses nothing
     assert open_run(folder, lr=0.2, overwrite=True) is False
     assert not (folder / "final").exists()
     assert {p.name for p in folder.iterdir()} == {".lock", "config.yaml", "env.json", "identity.json"}
@@ -110,9 +110,11 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     cfg = Config(str(tmp_path / "run"))
-    code = ("import sys, dataclasses\nfrom aquila_sft import run_dir\nfrom aquila_sft.errors import UserError\n"
-            "from pathlib import Path\ntry:\n    with run_dir.locked(Path(sys.argv[1])): pass\n"
-            "except UserError as e: print(e); sys.exit(2)")
+    code = (
+        "import sys, dataclasses\nfrom aquila_sft import run_dir\nfrom aquila_sft.errors import UserError\n"
+        "from pathlib import Path\ntry:\n    with run_dir.locked(Path(sys.argv[1])): pass\n"
+        "except UserError as e: print(e); sys.exit(2)"
+    )
     with run_dir.opened(cfg, {}):
         other = subprocess.run([sys.executable, "-c", code, cfg.output_dir], capture_output=True, text=True)
     assert other.returncode == 2 and f"pid {os.getpid()}" in other.stdout

@@ -23,24 +23,36 @@ import pytest
 from aquila_sft import hub
 from aquila_sft.errors import UserError
 
-PIN = "bddc39a8feadbd679c30623197f4e736b7e75b48"        # data/manifests/infinity_instruct.yaml
+PIN = "bddc39a8feadbd679c30623197f4e736b7e75b48"  # data/manifests/infinity_instruct.yaml
 MAIN = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORIES = {
-    "datasets/BAAI/Infinity-Instruct": (PIN, {
-        "README.md": b"card",
-        "0625/train-00000-of-00002.parquet": b"PAR1 first",
-        "0625/train-00001-of-00002.parquet": b"PAR1 second",
-        "7M/train-00000-of-00001.parquet": b"PAR1 other subset",
-        "7M_domains/code/train-00000-of-00001.parquet": b"PAR1 code",
-        "7M_domains/math/train-00000-of-00001.parquet": b"PAR1 math"}),
-    "models/BAAI/Aquila-135M": (MAIN, {
-        "config.json": b"{}", "generation_config.json": b"{ }", "model.safetensors": b"weights",
-        "qwen.tiktoken": b"IQ== 0", "tokenizer_config.json": b"{  }",
-        "modeling_trap.py": b"raise SystemExit", "pytorch_model.bin": b"pickle",
-        "old/model.safetensors": b"old"}),
+    "datasets/BAAI/Infinity-Instruct": (
+        PIN,
+        {
+            "README.md": b"card",
+            "0625/train-00000-of-00002.parquet": b"PAR1 first",
+            "0625/train-00001-of-00002.parquet": b"PAR1 second",
+            "7M/train-00000-of-00001.parquet": b"PAR1 other subset",
+            "7M_domains/code/train-00000-of-00001.parquet": b"PAR1 code",
+            "7M_domains/math/train-00000-of-00001.parquet": b"PAR1 math",
+        },
+    ),
+    "models/BAAI/Aquila-135M": (
+        MAIN,
+        {
+            "config.json": b"{}",
+            "generation_config.json": b"{ }",
+            "model.safetensors": b"weights",
+            "qwen.tiktoken": b"IQ== 0",
+            "tokenizer_config.json": b"{  }",
+            "modeling_trap.py": b"raise SystemExit",
+            "pytorch_model.bin": b"pickle",
+            "old/model.safetensors": b"old",
+        },
+    ),
     "models/BAAI/Pickled": (MAIN, {"config.json": b"{}", "pytorch_model.bin": b"pickle"}),
 }
-REFUSALS = {                                            # mode -> status, header, header of the Hub's answer
+REFUSALS = {  # mode -> status, header, header of the Hub's answer
     "private": (401, "X-Error-Message", "Invalid username or password."),
     "absent": (404, "X-Error-Code", "RepoNotFound"),
     "no such revision": (404, "X-Error-Code", "RevisionNotFound"),
@@ -74,7 +86,7 @@ class FakeHub(BaseHTTPRequestHandler):
             hub_.closing.wait(60)
         elif mode == "drips":
             self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-            while not hub_.closing.wait(0.3):           # each byte in time, the answer never
+            while not hub_.closing.wait(0.3):  # each byte in time, the answer never
                 self.wfile.write(b"X")
         elif mode == "login page":
             self.answer(200, b"<html>Welcome to the hotel</html>", Content_Type="text/html")
@@ -87,13 +99,16 @@ class FakeHub(BaseHTTPRequestHandler):
             if "/tree/" in path:
                 listing = [{"type": "file", "path": n, "size": s, "oid": o} for n, s, o in blobs]
             else:
-                listing = {"id": found[1].split("/", 1)[1], "sha": commit,
-                           "siblings": [{"rfilename": n, "size": s, "blobId": o} for n, s, o in blobs]}
+                listing = {
+                    "id": found[1].split("/", 1)[1],
+                    "sha": commit,
+                    "siblings": [{"rfilename": n, "size": s, "blobId": o} for n, s, o in blobs],
+                }
             self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
         elif found := re.fullmatch(r"(datasets/)?([\w.-]+/[\w.-]+)/resolve/\w+/(.*)", path):
             kind, name, file = found.groups()
             commit, files = REPOSITORIES[(kind or "models/") + name]
-            if mode == "gated":                         # the listing of a gated repository is public
+            if mode == "gated":  # the listing of a gated repository is public
                 status = 403 if "Authorization" in self.headers else 401
                 self.answer(status, X_Error_Code="GatedRepo")
             elif mode == "breaks off" and self.command == "GET" and file.endswith("00001-of-00002.parquet"):
@@ -101,7 +116,7 @@ class FakeHub(BaseHTTPRequestHandler):
             else:
                 etag = hashlib.sha1(files[file]).hexdigest()
                 self.answer(200, files[file], X_Repo_Commit=commit, ETag=f'"{etag}"')
-        else:                                           # what huggingface_hub asks of its own accord
+        else:  # what huggingface_hub asks of its own accord
             self.answer(404)
 
 
@@ -136,6 +151,7 @@ class Outcome:
 @pytest.fixture
 def ask(tmp_path):
     """ask(code, url, **env): what a process says that runs `code` with the Hub at url, and after how long."""
+
     def ask(code, url, **env):
         program = textwrap.dedent("""
             import sys
@@ -147,14 +163,29 @@ def ask(tmp_path):
                 print(f"error: {{error}}", file=sys.stderr)
                 sys.exit(2)
             """).format(textwrap.indent(textwrap.dedent(code).strip(), " " * 4).strip())
-        kept = {k: v for k, v in os.environ.items()
-                if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not k.lower().endswith("_proxy")}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not k.lower().endswith("_proxy")
+        }
         start = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path,
-            env=kept | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*",
-                        "PYTHONPATH": str(Path(hub.__file__).parents[1])} | env)
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+            env=kept
+            | {
+                "HF_ENDPOINT": url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "NO_PROXY": "*",
+                "PYTHONPATH": str(Path(hub.__file__).parents[1]),
+            }
+            | env,
+        )
         return Outcome(result, time.monotonic() - start)
+
     return ask
 
 
@@ -162,28 +193,37 @@ DATA = 'd = hub.dataset_files("infinity_instruct", "0625"); print(d.revision, *d
 MODEL = 'print(hub.model_folder("BAAI/Aquila-135M", None))'
 
 
-def assert_one_line_names_the_three_ways(said, reason,
-                                         way=("datasets/BAAI/Infinity-Instruct", "data.files=")):
+def assert_one_line_names_the_three_ways(said, reason, way=("datasets/BAAI/Infinity-Instruct", "data.files=")):
     assert said.status == 2, said.err
     assert said.seconds < 10
     assert said.err.count("\n") == 1, said.err
-    for part in ("error: cannot get", reason, f"https://huggingface.co/{way[0]} ", "hf auth login",
-                 "HF_TOKEN", way[1], "scale=mini"):
+    for part in (
+        "error: cannot get",
+        reason,
+        f"https://huggingface.co/{way[0]} ",
+        "hf auth login",
+        "HF_TOKEN",
+        way[1],
+        "scale=mini",
+    ):
         assert part in said.last_line, (part, said.last_line)
 
 
-@pytest.mark.parametrize("mode, env, reason", [
-    ("gated", {}, "gated and nobody is logged in"),
-    ("gated", {"HF_TOKEN": "hf_x"}, "gated and this account has no access"),
-    ("private", {}, "401, nobody is logged in"),
-    ("private", {"HF_TOKEN": "hf_x"}, "401, the token was refused"),
-    ("absent", {}, "there is no such repository"),
-    ("no such revision", {}, "no such revision"),
-    ("down", {}, "answered 503"),
-    ("login page", {}, "did not answer like a Hub"),
-    ("open", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-    ("open", {"HF_TOKEN": "令牌"}, "HF_TOKEN has a character"),
-])
+@pytest.mark.parametrize(
+    "mode, env, reason",
+    [
+        ("gated", {}, "gated and nobody is logged in"),
+        ("gated", {"HF_TOKEN": "hf_x"}, "gated and this account has no access"),
+        ("private", {}, "401, nobody is logged in"),
+        ("private", {"HF_TOKEN": "hf_x"}, "401, the token was refused"),
+        ("absent", {}, "there is no such repository"),
+        ("no such revision", {}, "no such revision"),
+        ("down", {}, "answered 503"),
+        ("login page", {}, "did not answer like a Hub"),
+        ("open", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ("open", {"HF_TOKEN": "令牌"}, "HF_TOKEN has a character"),
+    ],
+)
 def test_a_refusing_hub_ends_in_one_line(ask, fake_hub, mode, env, reason):
     fake_hub.mode = mode
     assert_one_line_names_the_three_ways(ask(DATA, fake_hub.url, **env), reason)
@@ -212,7 +252,7 @@ def test_no_kind_of_silence_outlasts_the_probe(ask, fake_hub, trouble):
     with socket.socket() as hole:
         if trouble == "drips":
             fake_hub.mode = "drips"
-        elif trouble == "black hole":                   # a full backlog: connecting hangs
+        elif trouble == "black hole":  # a full backlog: connecting hangs
             hole.bind(("127.0.0.1", 0))
             hole.listen(0)
             url = f"http://127.0.0.1:{hole.getsockname()[1]}"
@@ -224,8 +264,10 @@ def test_no_kind_of_silence_outlasts_the_probe(ask, fake_hub, trouble):
             code = "import socket, time; socket.getaddrinfo = lambda *a, **k: time.sleep(60)\n" + code
         else:
             url, reason = "http://hub.invalid", "no connection to http://hub.invalid"
-            code = ("import socket\ndef unknown(*a, **k): raise socket.gaierror(-2, 'Name not known')\n"
-                    "socket.getaddrinfo = unknown\n" + code)
+            code = (
+                "import socket\ndef unknown(*a, **k): raise socket.gaierror(-2, 'Name not known')\n"
+                "socket.getaddrinfo = unknown\n" + code
+            )
         said = ask(code, url)
     assert_one_line_names_the_three_ways(said, reason)
     assert said.seconds < 5
@@ -251,7 +293,7 @@ def test_a_subset_is_downloaded_and_the_pin_then_needs_no_hub(ask, fake_hub):
 def test_a_file_that_vanished_from_the_cache_is_noticed_even_without_its_listing(ask, fake_hub, tmp_path):
     files = ask(DATA, fake_hub.url).out.split()[1:]
     Path(files[1]).unlink()
-    for listing in tmp_path.glob("hf/hub/*/trees/*"):   # written by recent versions of huggingface_hub only
+    for listing in tmp_path.glob("hf/hub/*/trees/*"):  # written by recent versions of huggingface_hub only
         listing.unlink()
     assert_one_line_names_the_three_ways(ask(DATA, fake_hub.url, HF_HUB_OFFLINE="1"), "no complete copy")
     assert ask(DATA, fake_hub.url).out.split()[1:] == files
@@ -274,8 +316,11 @@ def test_a_broken_download_is_one_line_and_the_same_command_goes_on(ask, fake_hu
 
 
 def test_a_disk_without_room_is_one_line_before_the_first_byte(ask, fake_hub):
-    said = ask("import shutil; from types import SimpleNamespace\n"
-               "shutil.disk_usage = lambda path: SimpleNamespace(free=3)\n" + DATA, fake_hub.url)
+    said = ask(
+        "import shutil; from types import SimpleNamespace\n"
+        "shutil.disk_usage = lambda path: SimpleNamespace(free=3)\n" + DATA,
+        fake_hub.url,
+    )
     assert said.status == 2 and "no space left" in said.last_line and "HF_HOME" in said.last_line
     assert not any(command == "GET" and "/resolve/" in path for command, path in fake_hub.asked)
 
@@ -286,11 +331,15 @@ def test_a_model_comes_without_code_and_pickles_and_stays_usable_offline(ask, fa
     folder = Path(said.out)
     assert folder.name == MAIN
     assert sorted(p.name for p in folder.rglob("*")) == [
-        "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken",
-        "tokenizer_config.json"]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "qwen.tiktoken",
+        "tokenizer_config.json",
+    ]
     assert ask(MODEL, fake_hub.url, HF_HUB_OFFLINE="1").out == said.out
     fake_hub.stop()
-    without = ask(MODEL, fake_hub.url)                  # `main` may have moved on since
+    without = ask(MODEL, fake_hub.url)  # `main` may have moved on since
     assert without.out == said.out
     assert MAIN in without.err and without.err.startswith("note: no connection")
 
@@ -302,19 +351,35 @@ def test_a_model_of_pickles_is_refused(ask, fake_hub):
 
 def test_a_local_folder_needs_no_network_and_no_huggingface_hub(ask, tmp_path):
     (tmp_path / "base").mkdir()
-    said = ask(f"""
+    said = ask(
+        f"""
         import socket
         def refuse(*args, **kwargs): raise AssertionError("network")
         socket.socket = socket.getaddrinfo = socket.create_connection = refuse
         print(hub.model_folder("base", None), hub.model_folder({str(tmp_path / "base")!r}, None))
         assert "huggingface_hub" not in sys.modules
-        """, "http://hub.invalid")
+        """,
+        "http://hub.invalid",
+    )
     assert said.out == f"base {tmp_path / 'base'}", said.err
 
 
-@pytest.mark.parametrize("path", [
-    "/no/such", "./no", "../no", "~/no-such-folder", "outputs/mini/sft", "a\\b", "model.safetensors",
-    "https://huggingface.co/BAAI/Aquila-135M", "", "a b", "a--b"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/no/such",
+        "./no",
+        "../no",
+        "~/no-such-folder",
+        "outputs/mini/sft",
+        "a\\b",
+        "model.safetensors",
+        "https://huggingface.co/BAAI/Aquila-135M",
+        "",
+        "a b",
+        "a--b",
+    ],
+)
 def test_what_looks_local_or_is_no_id_is_refused_without_asking_the_hub(path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda wanted: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="model.path="):
@@ -332,11 +397,14 @@ def test_needs_hub_is_true_for_ids_only(tmp_path):
     assert hub.needs_hub("BAAI/Aquila-135M")
 
 
-@pytest.mark.parametrize("manifest, subset, message", [
-    ("infinity_instruct", "625", "7M_core, 0625, .*did you mean 0625"),
-    ("infinity_instruct", None, "data.subset=None is not one of 3M, 7M"),
-    ("infinity-instruct", "0625", "data.manifest=infinity-instruct .*did you mean infinity_instruct"),
-])
+@pytest.mark.parametrize(
+    "manifest, subset, message",
+    [
+        ("infinity_instruct", "625", "7M_core, 0625, .*did you mean 0625"),
+        ("infinity_instruct", None, "data.subset=None is not one of 3M, 7M"),
+        ("infinity-instruct", "0625", "data.manifest=infinity-instruct .*did you mean infinity_instruct"),
+    ],
+)
 def test_an_unknown_manifest_or_subset_names_the_choices(manifest, subset, message):
     with pytest.raises(UserError, match=message):
         hub.dataset_files(manifest, subset)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from aquila_kernels import reference
-from aquila_kernels.linear_cross_entropy import _TorchLossSum, linear_cross_entropy, linear_log_probs
+from aquila_kernels.linear_cross_entropy import _TorchLoss, linear_cross_entropy, linear_log_probs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 IGNORE = -100
-# N tokens, H hidden, V vocabulary: one row; one column; ragged; more rows than columns of a chunk.
+# N tokens, H hidden, V vocabulary: one row; one column; ragged.
 SHAPES = [(1, 8, 7), (5, 3, 1), (7, 64, 300), (33, 72, 1001), (130, 16, 4097)]
-SMALL_BUDGET = 50_000  # bytes: several chunks, the last one narrower, at every shape but the smallest
+SMALL_BUDGET = 50_000  # bytes: many chunks of tokens and tiles of the vocabulary at the larger shapes
 
 
 def seeded(rows=33, hidden=72, vocab=1001, *, dtype=torch.float64, ignored_frac=0.3, seed=0):
@@ -48,14 +48,12 @@ def test_loss_and_gradients_match_the_reference(shape, ignored_frac, reduction, 
     h64, w64 = h.double(), w.double()
     exact = loss_and_grads(reference.linear_cross_entropy, h64, w64, target, reduction=reduction)
     for budget in (None, SMALL_BUDGET):
-        ours = loss_and_grads(
-            linear_cross_entropy, h, w, target, reduction=reduction, memory_budget_bytes=budget
-        )
+        ours = loss_and_grads(linear_cross_entropy, h, w, target, reduction=reduction, memory_budget_bytes=budget)
         assert [t.dtype for t in ours] == [dtype] * 3
         assert_equal_to_rounding(ours, exact, eps)
 
 
-def test_a_budget_below_one_column_means_one_column_at_a_time():
+def test_a_budget_below_one_logit_means_one_token_and_one_column_at_a_time():
     h, w, target = seeded(7, 8, 100)
     got = loss_and_grads(linear_cross_entropy, h, w, target, memory_budget_bytes=1)
     assert_equal_to_rounding(got, loss_and_grads(reference.linear_cross_entropy, h, w, target), 1e-13)
@@ -83,9 +81,7 @@ def test_num_items_replaces_the_count_of_targets(num_items):
     h, w, target = seeded()
     want = loss_and_grads(reference.linear_cross_entropy, h, w, target, reduction="sum", upstream=1 / 17)
     for reduction in ("mean", "sum"):
-        loss, *grads = loss_and_grads(
-            linear_cross_entropy, h, w, target, reduction=reduction, num_items=num_items
-        )
+        loss, *grads = loss_and_grads(linear_cross_entropy, h, w, target, reduction=reduction, num_items=num_items)
         assert loss.shape == ()
         assert_equal_to_rounding((loss * 17, *grads), want, 1e-13)
 
@@ -171,9 +167,11 @@ def test_no_tensor_has_the_size_of_the_logits(dtype, budget):
     assert max(plain.numels) == rows * vocab  # the instrument sees the logits where they exist
     with LargestTensors() as ours:
         loss_and_grads(linear_cross_entropy, h, w, target, memory_budget_bytes=budget)
+        with torch.no_grad():
+            linear_cross_entropy(h, w, target, memory_budget_bytes=budget)
         linear_log_probs(h, w, target, memory_budget_bytes=budget)
-    # Unless told otherwise half the vocabulary at most; told, no more than the budget (inputs are smaller).
-    assert max(ours.numels) <= (rows * (vocab // 2 + 1) if budget is None else budget // 4)
+    # Unless told otherwise half of the logits at most; told, no more than the budget (inputs are smaller).
+    assert max(ours.numels) <= (rows // 2 * vocab if budget is None else budget // dtype.itemsize)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -183,8 +181,8 @@ def test_a_frozen_input_costs_no_gradient(frozen):
     h.requires_grad_(frozen != "hidden"), w.requires_grad_(frozen != "weight")
     with LargestTensors() as ours:
         linear_cross_entropy(h, w, target).backward()
-    num_chunks = 3  # 448 + 448 + 105 columns
-    assert ours.num_products == num_chunks * 3  # forward, again in backward, and one gradient
+    num_tiles = 2 * 3  # two halves of the tokens; 448 + 448 + 105 columns
+    assert ours.num_products == 2 * num_tiles  # the logits and one gradient
     if frozen == "hidden":
         assert h.grad is None and torch.equal(w.grad, dw)
     else:
@@ -197,7 +195,7 @@ def test_only_rows_with_a_target_are_computed_on_cpu():
     num_targets = int((target != IGNORE).sum())
     with LargestTensors() as ours:
         loss_and_grads(linear_cross_entropy, h, w, target)
-    assert max(ours.numels) == num_targets * 448  # the widest chunk of half the vocabulary, in steps of 64
+    assert max(ours.numels) == (num_targets + 1) // 2 * 1001  # the logits of half of them
 
 
 @pytest.mark.parametrize("ignored_frac", [0.4, 1.0])
@@ -205,8 +203,8 @@ def test_computing_all_rows_and_masking_as_other_devices_do_gives_the_same(ignor
     h, w, target = seeded(ignored_frac=ignored_frac)
 
     def masked(h, w, target):
-        num_targets = (target != IGNORE).sum()  # 0 makes the upstream gradient infinite
-        return _TorchLossSum.apply(h, w, target, target != IGNORE, h.dtype, None) / num_targets
+        is_target = target != IGNORE
+        return _TorchLoss.apply(h, w, target, is_target, is_target.sum(), (True, True), h.dtype, None)
 
     got = loss_and_grads(masked, h, w, target)
     assert_equal_to_rounding(got, loss_and_grads(linear_cross_entropy, h, w, target), 1e-13)
@@ -214,7 +212,7 @@ def test_computing_all_rows_and_masking_as_other_devices_do_gives_the_same(ignor
     assert masked(h, w, target).isnan()
 
 
-def test_nothing_is_saved_without_gradients_and_only_the_inputs_and_lse_with_them():
+def test_nothing_is_saved_without_gradients_and_only_the_gradients_with_them():
     h, w, target = seeded(ignored_frac=0, dtype=torch.float32)
     h.requires_grad_(), w.requires_grad_()
     saved = []
@@ -223,7 +221,7 @@ def test_nothing_is_saved_without_gradients_and_only_the_inputs_and_lse_with_the
             loss = linear_cross_entropy(h, w, target)
         assert loss.grad_fn is None and not saved
         linear_cross_entropy(h, w, target)
-    assert sum(t.numel() for t in saved if t.data_ptr() not in (h.data_ptr(), w.data_ptr())) <= 3 * 33 + 1
+    assert [t.shape for t in saved] == [h.shape, w.shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -272,9 +270,7 @@ def test_ignore_index_may_be_a_token_id():
     h, w, target = seeded(ignored_frac=0)
     target[::3] = 5
     got = loss_and_grads(linear_cross_entropy, h, w, target, ignore_index=5)
-    assert_equal_to_rounding(
-        got, loss_and_grads(reference.linear_cross_entropy, h, w, target, ignore_index=5), 1e-13
-    )
+    assert_equal_to_rounding(got, loss_and_grads(reference.linear_cross_entropy, h, w, target, ignore_index=5), 1e-13)
 
 
 @pytest.mark.parametrize("value", [-1, 1001, -101])

@@ -18,12 +18,31 @@ from aquila_sft import chat_template, lora, model, swap
 from aquila_sft.config import Architecture, Lora, Model
 from aquila_sft.errors import UserError
 
-AQUILA = dict(architecture=Architecture.mistral, vocab_size=151851, hidden_size=576, num_hidden_layers=30,
-              num_attention_heads=9, num_key_value_heads=3, head_dim=64, intermediate_size=1536,
-              max_position_embeddings=2048, sliding_window=4096, rope_theta=10000.0, rms_norm_eps=1e-5,
-              initializer_range=0.02, tie_word_embeddings=True)
-SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-             intermediate_size=96, max_position_embeddings=256)
+AQUILA = dict(
+    architecture=Architecture.mistral,
+    vocab_size=151851,
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    max_position_embeddings=2048,
+    sliding_window=4096,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    initializer_range=0.02,
+    tie_word_embeddings=True,
+)
+SMALL = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    max_position_embeddings=256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +78,13 @@ def test_saved_models_load_in_stock_transformers_with_equal_logits(tmp_path, tok
     cfg = Model(**AQUILA | SMALL | {"vocab_size": None, "architecture": architecture, "rope_theta": 50000.0})
     net = model.build(cfg, tokenizer, attention="sdpa", seed=1)
     model.fit_to_tokenizer(net, tokenizer)
-    net.config.use_cache = False                     # as training leaves it
+    net.config.use_cache = False  # as training leaves it
     model.save(net, tokenizer, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(again(ids).logits, net(ids).logits)
     assert again.config.use_cache and again.generation_config.eos_token_id == chat_template.stop_ids(tokenizer)
-    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 50000.0      # for transformers 4.57
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 50000.0  # for transformers 4.57
     stock = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert stock.chat_template == tokenizer.chat_template
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == tokenizer.chat_template
@@ -75,8 +94,11 @@ def test_saved_models_load_in_stock_transformers_with_equal_logits(tmp_path, tok
 
 def test_a_redundant_equal_head_loads_tied(base):
     weights = load_file(base / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, base / "model.safetensors",
-              {"format": "pt"})
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     net = model.load(base)
     assert net.lm_head.weight is net.model.embed_tokens.weight
     assert torch.equal(net.lm_head.weight, weights["model.embed_tokens.weight"])
@@ -84,16 +106,26 @@ def test_a_redundant_equal_head_loads_tied(base):
 
 def test_a_stored_head_that_contradicts_the_tie_is_refused(base):
     weights = load_file(base / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, base / "model.safetensors",
-              {"format": "pt"})
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(UserError, match="lm_head.weight is another matrix"):
         model.load(base)
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing .*layers.1.mlp.up_proj"),
-    (lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}), "1 unexpected .*layers.9.mlp.up_proj"),
-    (lambda w: w.update({"model.norm.weight": torch.zeros(2)}), "1 mismatched .*model.norm.weight")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing .*layers.1.mlp.up_proj"),
+        (
+            lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}),
+            "1 unexpected .*layers.9.mlp.up_proj",
+        ),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(2)}), "1 mismatched .*model.norm.weight"),
+    ],
+)
 def test_weights_that_do_not_fit_are_an_error_with_counts(base, change, said):
     weights = load_file(base / "model.safetensors")
     change(weights)
@@ -112,7 +144,9 @@ def test_a_folder_that_holds_no_model_says_what_it_holds(tmp_path):
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, None])
 def test_the_installed_loss_is_the_models_own(base, kind, tokenizer):
-    net = LlamaForCausalLM(LlamaConfig(vocab_size=300, tie_word_embeddings=False, **SMALL)) if kind else model.load(base)
+    net = (
+        LlamaForCausalLM(LlamaConfig(vocab_size=300, tie_word_embeddings=False, **SMALL)) if kind else model.load(base)
+    )
     swap.install_loss(net)
     swap.check_loss(net, "cpu", nullcontext())
     labels = torch.randint(0, 300, (2, 9))
@@ -136,6 +170,7 @@ def test_a_model_that_scales_its_logits_is_refused(base):
             out = own(self, *args, **kwargs)
             out.logits = out.logits * 3
             return out
+
     net.__class__ = Scaled
     swap.install_loss(net)
     with pytest.raises(UserError, match="does more to its logits"):
@@ -146,9 +181,11 @@ def test_packed_logits_equal_unpacked_ones_and_a_leak_is_refused(base, monkeypat
     net = model.load(base)
     assert swap.check_isolation(net, "cpu", nullcontext()) < 1e-5
     forward = type(net.model).forward
-    monkeypatch.setattr(type(net.model), "forward",        # what an all-ones mask does: documents see each other
-                        lambda self, input_ids, **kw: forward(self, input_ids, **kw | {
-                            "attention_mask": torch.ones_like(input_ids)}))
+    monkeypatch.setattr(
+        type(net.model),
+        "forward",  # what an all-ones mask does: documents see each other
+        lambda self, input_ids, **kw: forward(self, input_ids, **kw | {"attention_mask": torch.ones_like(input_ids)}),
+    )
     with pytest.raises(UserError, match="does not keep packed conversations apart"):
         swap.check_isolation(net, "cpu", nullcontext())
 
@@ -180,14 +217,15 @@ def test_neither_training_nor_evaluation_makes_tokens_times_vocabulary(tokenizer
 
 
 def attached(base, **changes):
-    settings = dict(r=4, alpha=8, dropout=0.0, targets=["all-linear"], use_dora=False, use_rslora=False,
-                    merge_tolerance=1e-4)
+    settings = dict(
+        r=4, alpha=8, dropout=0.0, targets=["all-linear"], use_dora=False, use_rslora=False, merge_tolerance=1e-4
+    )
     cfg = Lora(**settings | changes)
     net = lora.attach(model.load(base), cfg, seed=3)
     torch.manual_seed(0)
     for name, p in net.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)            # as trained: a fresh adapter changes nothing
+            torch.nn.init.normal_(p, std=0.1)  # as trained: a fresh adapter changes nothing
     return net, cfg
 
 
@@ -196,9 +234,11 @@ def test_merged_and_unmerged_logits_agree_and_the_tie_is_kept(base, tokenizer, c
     net, cfg = attached(base, **changes)
     plain = lora.prompt_logits(model.load(base), tokenizer, "s")
     merged, difference = lora.merge(net, tokenizer, cfg, "s")
-    assert difference < 5e-6                            # fp32 rounding; the gate allows 1e-4
+    assert difference < 5e-6  # fp32 rounding; the gate allows 1e-4
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert max((a - b).abs().max() for a, b in zip(plain, lora.prompt_logits(merged, tokenizer, "s"), strict=True)) > 1e-3
+    assert (
+        max((a - b).abs().max() for a, b in zip(plain, lora.prompt_logits(merged, tokenizer, "s"), strict=True)) > 1e-3
+    )
 
 
 def test_the_gate_refuses_a_merge_that_changes_the_model(base, tokenizer, monkeypatch):
@@ -209,13 +249,21 @@ def test_the_gate_refuses_a_merge_that_changes_the_model(base, tokenizer, monkey
         merged = whole(**kwargs)
         merged.model.layers[0].mlp.up_proj.weight.data *= 1.1
         return merged
+
     monkeypatch.setattr(net.base_model, "merge_and_unload", wrong, raising=False)
     with pytest.raises(UserError, match="merge gate: .*not saved"):
         lora.merge(net, tokenizer, cfg, "s")
 
 
-@pytest.mark.parametrize("target, said", [("lm_head", "one matrix"), ("embed_tokens", "one matrix"),
-                                          ("q_porj", "did you mean q_proj"), ("norm", "no linear layer norm")])
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("lm_head", "one matrix"),
+        ("embed_tokens", "one matrix"),
+        ("q_porj", "did you mean q_proj"),
+        ("norm", "no linear layer norm"),
+    ],
+)
 def test_targets_that_cannot_be_merged_are_refused_with_the_reason(base, target, said):
     with pytest.raises(UserError, match=said):
         attached(base, targets=[target])
@@ -228,11 +276,18 @@ def test_a_saved_model_loads_in_transformers_4_57(base, tmp_path, tokenizer):
     net = model.load(base)
     model.fit_to_tokenizer(net, tokenizer)
     model.save(net, tokenizer, tmp_path / "out")
-    code = ("import sys, torch, transformers as t\nassert t.__version__.startswith('4.57')\n"
-            "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-            "print(k('你好 hello')['input_ids'], m(torch.tensor([[5, 6, 7]])).logits.double().sum().item())")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": folder, "HF_HUB_OFFLINE": "1"}, cwd=Path(folder))
+    code = (
+        "import sys, torch, transformers as t\nassert t.__version__.startswith('4.57')\n"
+        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(k('你好 hello')['input_ids'], m(torch.tensor([[5, 6, 7]])).logits.double().sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": folder, "HF_HUB_OFFLINE": "1"},
+        cwd=Path(folder),
+    )
     assert done.returncode == 0, done.stderr
     ids, total = done.stdout.strip().rsplit(" ", 1)
     assert ids == str(tokenizer("你好 hello")["input_ids"])

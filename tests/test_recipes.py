@@ -14,17 +14,19 @@ from aquila_sft.errors import UserError
 ROOT = Path(__file__).parents[1]
 RECIPES = cli.choices("recipe")
 SCALES = cli.choices("scale")
-TAGGED = ("model", "optim", "schedule", "lora", "data", "tokenizer", "sized")       # groups whose values are choices
+TAGGED = ("model", "optim", "schedule", "lora", "data", "tokenizer", "sized")  # groups whose values are choices
 
 
 def train(*words: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=120,
-                          **kwargs)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=120, **kwargs
+    )
 
 
 def load(*words: str):
     sys.path.insert(0, str(ROOT))
     import train as program
+
     return program.compose_run(list(words))
 
 
@@ -39,38 +41,52 @@ def test_every_recipe_composes_at_every_scale(recipe, scale):
 
 def test_the_135m_model_is_the_published_one():
     model = load("recipe=sft", "scale=135m").model
-    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.num_key_value_heads,
-            model.intermediate_size, model.vocab_size) == (576, 30, 9, 3, 1536, 151851)
+    assert (
+        model.hidden_size,
+        model.num_hidden_layers,
+        model.num_attention_heads,
+        model.num_key_value_heads,
+        model.intermediate_size,
+        model.vocab_size,
+    ) == (576, 30, 9, 3, 1536, 151851)
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["recipe=sftt"], ["recipe=sftt", "did you mean sft?"]),
-    ([], ["recipe"]),
-    (["recipe=sft", "scale=135"], ["scale=135", "did you mean 135m?"]),
-    (["recipe=sft", "optim.lrr=1e-4"], ["optim.lrr=1e-4", "did you mean optim.lr?"]),
-    (["recipe=sft", "lr=1e-4"], ["lr=1e-4", "did you mean optim.lr?"]),
-    (["recipe=sft", "optim.lr=fast"], ["optim.lr=fast", "not a number"]),
-    (["recipe=sft", "optim.lr=null"], ["optim.lr", "null"]),
-    (["recipe=sft", "train.max_length=1.5"], ["train.max_length=1.5", "whole number"]),
-    (["recipe=sft", "kernel=cuda"], ["kernel=cuda", "auto, triton, torch"]),
-    (["recipe=sft", "kernel=triton"], ["kernel=triton"]),
-    (["recipe=sft", "train.tokens_per_step=1000"], ["train.tokens_per_step=1000", "512 or 1024"]),
-    (["recipe=sft", "train.max_steps=5", "train.num_epochs=1"], ["exactly one", "train.max_steps=5", "train.num_epochs=1"]),
-    (["recipe=sft", "train.max_steps=0"], ["train.max_steps=0"]),
-    (["recipe=sft", "+new=1"], ["+new=1"]),
-    (["recipe=sft", "seed=1", "seed=2"], ["seed", "twice"]),
-    (["recipe=sft", "run_name=a/b"], ["run_name='a/b'"]),
-    (["recipe=sft", "model.path=x"], ["model.path=x", "scale="]),
-    (["recipe=sft", "data.files=x.jsonl"], ["data.files=x.jsonl", "scale="]),
-    (["recipe=sft"], ["data.files is not set", "scale=135m"]),
-    (["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random"], ["tokenizer"]),
-    (["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random", "tokenizer.path=."],
-     ["data.files=/no/where.jsonl", "no such file"]),
-    (["recipe=sft_lora", "scale=mini", "lora.r=0"], ["lora.r=0"]),
-    (["recipe=tokenizer"], ["tokenizer.ranks"]),
-    (["recipe=tokenizer", "tokenizer.ranks=/no/qwen.tiktoken"], ["/no/qwen.tiktoken", "no such file"]),
-    (["recipe=chat", "prompt=a", "prompts=b"], ["prompt=", "prompts="]),
-])
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["recipe=sftt"], ["recipe=sftt", "did you mean sft?"]),
+        ([], ["recipe"]),
+        (["recipe=sft", "scale=135"], ["scale=135", "did you mean 135m?"]),
+        (["recipe=sft", "optim.lrr=1e-4"], ["optim.lrr=1e-4", "did you mean optim.lr?"]),
+        (["recipe=sft", "lr=1e-4"], ["lr=1e-4", "did you mean optim.lr?"]),
+        (["recipe=sft", "optim.lr=fast"], ["optim.lr=fast", "not a number"]),
+        (["recipe=sft", "optim.lr=null"], ["optim.lr", "null"]),
+        (["recipe=sft", "train.max_length=1.5"], ["train.max_length=1.5", "whole number"]),
+        (["recipe=sft", "kernel=cuda"], ["kernel=cuda", "auto, triton, torch"]),
+        (["recipe=sft", "kernel=triton"], ["kernel=triton"]),
+        (["recipe=sft", "train.tokens_per_step=1000"], ["train.tokens_per_step=1000", "512 or 1024"]),
+        (
+            ["recipe=sft", "train.max_steps=5", "train.num_epochs=1"],
+            ["exactly one", "train.max_steps=5", "train.num_epochs=1"],
+        ),
+        (["recipe=sft", "train.max_steps=0"], ["train.max_steps=0"]),
+        (["recipe=sft", "+new=1"], ["+new=1"]),
+        (["recipe=sft", "seed=1", "seed=2"], ["seed", "twice"]),
+        (["recipe=sft", "run_name=a/b"], ["run_name='a/b'"]),
+        (["recipe=sft", "model.path=x"], ["model.path=x", "scale="]),
+        (["recipe=sft", "data.files=x.jsonl"], ["data.files=x.jsonl", "scale="]),
+        (["recipe=sft"], ["data.files is not set", "scale=135m"]),
+        (["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random"], ["tokenizer"]),
+        (
+            ["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random", "tokenizer.path=."],
+            ["data.files=/no/where.jsonl", "no such file"],
+        ),
+        (["recipe=sft_lora", "scale=mini", "lora.r=0"], ["lora.r=0"]),
+        (["recipe=tokenizer"], ["tokenizer.ranks"]),
+        (["recipe=tokenizer", "tokenizer.ranks=/no/qwen.tiktoken"], ["/no/qwen.tiktoken", "no such file"]),
+        (["recipe=chat", "prompt=a", "prompts=b"], ["prompt=", "prompts="]),
+    ],
+)
 def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
     if not words:
         words = ["scale=mini"]
@@ -80,21 +96,42 @@ def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for part in parts:
         assert part in lines[0]
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in (".lock",)]      # nothing left behind
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in (".lock",)]  # nothing left behind
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipe=sftt"], ["recipe=sft", "optim.lrr=1"]])
 def test_help_and_slips_answer_in_under_two_seconds_without_torch(words):
-    code = "import sys, runpy; sys.argv = ['train.py', *%r]\ntry: runpy.run_path(%r, run_name='__main__')\n" \
-           "except SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', *%r]\ntry: runpy.run_path(%r, run_name='__main__')\n"
+        "except SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code % (words, str(ROOT / "train.py"))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code % (words, str(ROOT / "train.py"))], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("text", ["你好，世界", "a, b = c", "it's", '"quoted" inside', "{x: [1, 2", "${seed}", "back\\slash\\",
-                                  "100%", "a=b=c", " leading", "tab\there", "[in brackets]", "#no comment", "~ + @ $x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "你好，世界",
+        "a, b = c",
+        "it's",
+        '"quoted" inside',
+        "{x: [1, 2",
+        "${seed}",
+        "back\\slash\\",
+        "100%",
+        "a=b=c",
+        " leading",
+        "tab\there",
+        "[in brackets]",
+        "#no comment",
+        "~ + @ $x",
+    ],
+)
 def test_free_text_reaches_the_stage_as_typed(text):
     assert load("recipe=chat", f"prompt={text}").prompt == text
 

@@ -16,6 +16,7 @@ from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 from aquila_sft import chat_template
 from aquila_sft.data import conversations, packing, sft_set, sources
+from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.errors import UserError
 
 
@@ -30,8 +31,9 @@ def encode(tokenizer):
 
 
 def policy(**changes) -> sft_set.RowPolicy:
-    return sft_set.RowPolicy(**{"max_length": 128, "holdout_fraction": 0.0, "holdout_max": 100, "pack_window": 1000,
-                                "seed": 3} | changes)
+    return sft_set.RowPolicy(
+        **{"max_length": 128, "holdout_fraction": 0.0, "holdout_max": 100, "pack_window": 1000, "seed": 3} | changes
+    )
 
 
 def turn(role: str, text: str) -> dict:
@@ -57,9 +59,15 @@ def test_a_bad_line_is_a_record_of_its_own_and_ends_nothing(tmp_path):
     assert [w.rsplit(":", 1)[1] for w, _ in found] == ["1", "2", "4", "5", "6"]
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("a.json", b'[{"a": 1},]', "a.json:1: not JSON"), ("a.parquet", b"PAR1 not really", "not a readable parquet"),
-    ("a.jsonl.gz", b"no gzip", "cannot be read"), ("a.txt", b"hello", "unknown kind of file")])
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", b'[{"a": 1},]', "a.json:1: not JSON"),
+        ("a.parquet", b"PAR1 not really", "not a readable parquet"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.txt", b"hello", "unknown kind of file"),
+    ],
+)
 def test_a_file_that_is_not_what_its_name_says_stops_with_its_name(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
@@ -80,41 +88,70 @@ def test_three_shapes_say_the_same():
     for record in (
         {"conversations": [turn("human", "hi"), turn("gpt", "hello")]},
         {"conversations": [turn("user", "hi"), turn("chatgpt", "hello")], "messages": None},
-        {"conversations": None, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
-                      {"role": "assistant", "content": [{"type": "text", "value": "hel"}, {"type": "text", "value": "lo"}]}]},
+        {
+            "conversations": None,
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "hel"}, {"type": "text", "value": "lo"}]},
+            ]
+        },
         {"conversations": [turn("system", " "), turn("human", "hi"), turn("gpt", "hello"), turn("human", "and?")]},
     ):
         assert conversations.normalise(record, "f").messages == wanted
 
 
-@pytest.mark.parametrize("turns, reason", [
-    ([turn("human", "hi")], "no assistant turn"), ([], "no turns"), ([turn("gpt", "hi")], "begins with an answer"),
-    ([turn("human", "a"), turn("gpt", "")], "empty turn"), ([turn("human", "a"), turn("tool", "b")], "unknown role 'tool'"),
-    ([turn("human", "a"), turn("human", "b"), turn("gpt", "c")], "two turns of one role in a row"),
-    ([turn("human", "a"), turn("system", "b"), turn("gpt", "c")], "system turn not at the beginning"),
-    (["hi"], "a turn is not an object"), ([turn("human", 5), turn("gpt", "a")], "content that is not text"),
-    ([turn("human", "a\ud800"), turn("gpt", "b")], "text that is not valid Unicode"),
-    ([turn("human", [{"type": "image"}]), turn("gpt", "b")], "content that is not text")])
+@pytest.mark.parametrize(
+    "turns, reason",
+    [
+        ([turn("human", "hi")], "no assistant turn"),
+        ([], "no turns"),
+        ([turn("gpt", "hi")], "begins with an answer"),
+        ([turn("human", "a"), turn("gpt", "")], "empty turn"),
+        ([turn("human", "a"), turn("tool", "b")], "unknown role 'tool'"),
+        ([turn("human", "a"), turn("human", "b"), turn("gpt", "c")], "two turns of one role in a row"),
+        ([turn("human", "a"), turn("system", "b"), turn("gpt", "c")], "system turn not at the beginning"),
+        (["hi"], "a turn is not an object"),
+        ([turn("human", 5), turn("gpt", "a")], "content that is not text"),
+        ([turn("human", "a\ud800"), turn("gpt", "b")], "text that is not valid Unicode"),
+        ([turn("human", [{"type": "image"}]), turn("gpt", "b")], "content that is not text"),
+    ],
+)
 def test_a_record_that_is_no_conversation_says_why(turns, reason):
     with pytest.raises(conversations.Refused, match=reason):
         conversations.normalise({"conversations": turns}, "f")
 
 
-@pytest.mark.parametrize("text, language", [
-    ("什么是引力？", "zh"), ("What is gravity?", "en"), ("用 Python 的 requests 写一个下载文件的函数 def download(url):", "zh"),
-    ("print('你好') prints a greeting in Chinese when you run this program", "en"), ("こんにちは、元気ですか", "other"),
-    ("안녕하세요", "other"), ("Привет, как дела?", "other"), ("1234", "other")])
+@pytest.mark.parametrize(
+    "text, language",
+    [
+        ("什么是引力？", "zh"),
+        ("What is gravity?", "en"),
+        ("用 Python 的 requests 写一个下载文件的函数 def download(url):", "zh"),
+        ("print('你好') prints a greeting in Chinese when you run this program", "en"),
+        ("こんにちは、元気ですか", "other"),
+        ("안녕하세요", "other"),
+        ("Привет, как дела?", "other"),
+        ("1234", "other"),
+    ],
+)
 def test_language_goes_by_script(text, language):
     assert conversations.language(text) == language
 
 
 def test_only_answers_and_their_turn_ends_are_labels(tmp_path, tokenizer, encode):
-    messages = [turn("system", "短一点"), turn("human", "hi <|im_end|>"), turn("gpt", "hello"), turn("human", "再见"),
-                turn("gpt", "bye")]
+    messages = [
+        turn("system", "短一点"),
+        turn("human", "hi <|im_end|>"),
+        turn("gpt", "hello"),
+        turn("human", "再见"),
+        turn("gpt", "bye"),
+    ]
     write_jsonl(tmp_path / "a.jsonl", [{"conversations": messages}])
     sft_set.prepare([tmp_path / "a.jsonl"], tmp_path / "d", encode, policy(), {})
-    batch = sft_set.PackedRows(tmp_path / "d/train").batch([0], 128, tokenizer.pad_token_id)
+    batch = PackedRows(tmp_path / "d/train").batch([0], 128, tokenizer.pad_token_id)
     labels = batch["labels"][0].tolist()
     supervised = [i for i, label in enumerate(labels) if label != -100]
     assert tokenizer.decode([labels[i] for i in supervised]) == "hello<|im_end|>bye<|im_end|>"
@@ -124,7 +161,7 @@ def test_only_answers_and_their_turn_ends_are_labels(tmp_path, tokenizer, encode
 def test_positions_restart_and_packed_rows_hold_whole_conversations_once(tmp_path, tokenizer, encode):
     write_jsonl(tmp_path / "a.jsonl", tiny_conversations(150))
     ledger = sft_set.prepare([tmp_path / "a.jsonl"], tmp_path / "d", encode, policy(), {})
-    rows = sft_set.PackedRows(tmp_path / "d/train")
+    rows = PackedRows(tmp_path / "d/train")
     seen, tokens = [], 0
     for row in range(len(rows)):
         batch = rows.batch([row], 128, tokenizer.pad_token_id)
@@ -133,7 +170,7 @@ def test_positions_restart_and_packed_rows_hold_whole_conversations_once(tmp_pat
         lengths = [int(rows.offsets[i + 1] - rows.offsets[i]) for i in items]
         assert starts[: len(items)] == [sum(lengths[:n]) for n in range(len(items))]
         assert (batch["labels"][0][starts] == -100).all()
-        assert (batch["input_ids"][0, sum(lengths):] == tokenizer.pad_token_id).all()
+        assert (batch["input_ids"][0, sum(lengths) :] == tokenizer.pad_token_id).all()
         seen += items
         tokens += sum(lengths)
     assert sorted(seen) == list(range(ledger["kept"]))
@@ -141,17 +178,30 @@ def test_positions_restart_and_packed_rows_hold_whole_conversations_once(tmp_pat
 
 
 def test_an_overlong_conversation_loses_whole_leading_exchanges_or_is_left_out(tmp_path, tokenizer, encode):
-    long = [t for i in range(12) for t in (turn("human", f"question {i} " + "word " * 5), turn("gpt", f"answer {i} " + "word " * 5))]
-    write_jsonl(tmp_path / "a.jsonl", [{"conversations": [turn("system", "Be brief."), *long]},
-                                       {"conversations": [turn("human", "hi"), turn("gpt", "word " * 400)]}])
+    long = [
+        t
+        for i in range(12)
+        for t in (turn("human", f"question {i} " + "word " * 5), turn("gpt", f"answer {i} " + "word " * 5))
+    ]
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"conversations": [turn("system", "Be brief."), *long]},
+            {"conversations": [turn("human", "hi"), turn("gpt", "word " * 400)]},
+        ],
+    )
     ledger = sft_set.prepare([tmp_path / "a.jsonl"], tmp_path / "d", encode, policy(), {})
-    rows = sft_set.PackedRows(tmp_path / "d/train")
+    rows = PackedRows(tmp_path / "d/train")
     text = tokenizer.decode(rows.tokens[:])
     assert "Be brief." in text and "answer 11" in text and "question 0 " not in text
     assert text.count("question") == text.count("answer") and text.endswith("<|im_end|>\n")
-    longer = chat_template.encode_messages(tokenizer, [
-        {"role": "system", "content": "Be brief."},
-        *conversations.normalise({"conversations": long[-2 * (text.count("answer") + 1):]}, "").messages])
+    longer = chat_template.encode_messages(
+        tokenizer,
+        [
+            {"role": "system", "content": "Be brief."},
+            *conversations.normalise({"conversations": long[-2 * (text.count("answer") + 1) :]}, "").messages,
+        ],
+    )
     assert len(longer[0]) > 128, "one exchange more would have fitted"
     assert ledger["shortened"] == 1 and ledger["kept"] == 1
     assert ledger["reasons"]["last exchange longer than a row"]["records"] == 1
@@ -159,8 +209,11 @@ def test_an_overlong_conversation_loses_whole_leading_exchanges_or_is_left_out(t
 
 def test_the_ledger_accounts_for_every_record(tmp_path, encode):
     good = tiny_conversations(40)
-    bad = [{"conversations": [turn("human", "only a question?")], "source": "s1"}, {"text": "no shape"},
-           {"conversations": [turn("human", "你好吗"), turn("gpt", "")]}]
+    bad = [
+        {"conversations": [turn("human", "only a question?")], "source": "s1"},
+        {"text": "no shape"},
+        {"conversations": [turn("human", "你好吗"), turn("gpt", "")]},
+    ]
     write_jsonl(tmp_path / "a.jsonl", good + bad)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{not json\n")
@@ -186,6 +239,7 @@ def test_prepared_rows_are_reused_under_the_same_key_only(tmp_path, encode):
     def stamp(**changes) -> int:
         sft_set.prepare(files, tmp_path / "d", encode, policy(**changes), {"data": "x"})
         return os.stat(tmp_path / "d/prepared.json").st_mtime_ns
+
     first = stamp()
     assert stamp() == first
     assert stamp(max_length=96) != first
@@ -211,19 +265,19 @@ def test_packing_fills_rows():
 
 
 def test_the_order_is_a_pure_function_of_seed_and_place():
-    order = sft_set.RowOrder(10, 5, end=25)
+    order = RowOrder(10, 5, end=25)
     places = [order(p) for p in range(30)]
     assert sorted(places[:10]) == sorted(places[10:20]) == list(range(10)) and places[:10] != places[10:20]
     assert places[25:] == [-1] * 5
-    other = sft_set.RowOrder(10, 5, end=25)
+    other = RowOrder(10, 5, end=25)
     assert [other(p) for p in (24, 3, 17)] == [places[p] for p in (24, 3, 17)]
-    assert [sft_set.RowOrder(10, 6, end=25)(p) for p in range(10)] != places[:10]
+    assert [RowOrder(10, 6, end=25)(p) for p in range(10)] != places[:10]
 
 
 def test_a_blank_row_supervises_nothing(tmp_path, tokenizer, encode):
     write_jsonl(tmp_path / "a.jsonl", tiny_conversations(5))
     sft_set.prepare([tmp_path / "a.jsonl"], tmp_path / "d", encode, policy(), {})
-    batch = sft_set.PackedRows(tmp_path / "d/train").batch([-1], 16, tokenizer.pad_token_id)
+    batch = PackedRows(tmp_path / "d/train").batch([-1], 16, tokenizer.pad_token_id)
     assert (batch["labels"] == -100).all() and (batch["input_ids"] == tokenizer.pad_token_id).all()
     assert batch["position_ids"].tolist() == [list(range(16))]
 
@@ -233,9 +287,13 @@ def test_real_conversations_are_all_accounted_for(tmp_path, encode):
     if "AQUILA_REAL_DATA" not in os.environ:
         pytest.skip("AQUILA_REAL_DATA is not set")
     root = Path(os.environ["AQUILA_REAL_DATA"])
-    files = sources.find([str(root / f"instruct_{n}/*.jsonl") for n in (
-        "infinity_schema", "emollm_zh_system", "sharegpt_zh", "dolly_en", "flagai_aquila")]
-        + [str(root / "instruct_messy_real/messy.jsonl"), str(root / "instruct_llamafactory_demos/v1_sft_demo.jsonl")])
+    files = sources.find(
+        [
+            str(root / f"instruct_{n}/*.jsonl")
+            for n in ("infinity_schema", "emollm_zh_system", "sharegpt_zh", "dolly_en", "flagai_aquila")
+        ]
+        + [str(root / "instruct_messy_real/messy.jsonl"), str(root / "instruct_llamafactory_demos/v1_sft_demo.jsonl")]
+    )
     ledger = sft_set.prepare(files, tmp_path / "d", encode, policy(max_length=1024), {})
     assert ledger["read"] == sum(1 for f in files for line in open(f, "rb") if line.strip())
     assert ledger["read"] == ledger["kept"] + ledger["held_back"] + ledger["left_out"]

@@ -37,16 +37,31 @@ def world(tmp_path_factory):
 
 
 def words(world, out, *more, recipe="sft"):
-    settings = {"recipe": recipe, "scale": "mini", "model.path": world / "base", "data.files": world / "chat.jsonl",
-                "output_dir": out, "train.max_length": 128, "train.tokens_per_step": 512, "train.max_steps": STEPS,
-                "train.micro_batch_rows": 2, "train.logging_steps": 1, "train.save_steps": 2}
+    settings = {
+        "recipe": recipe,
+        "scale": "mini",
+        "model.path": world / "base",
+        "data.files": world / "chat.jsonl",
+        "output_dir": out,
+        "train.max_length": 128,
+        "train.tokens_per_step": 512,
+        "train.max_steps": STEPS,
+        "train.micro_batch_rows": 2,
+        "train.logging_steps": 1,
+        "train.save_steps": 2,
+    }
     settings |= dict(word.split("=", 1) for word in more)
     return [f"{key}={value}" for key, value in settings.items()]
 
 
 def run(command, timeout=180, **env):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True,
-                          timeout=timeout, env=ENV | env)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV | env,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +88,15 @@ def same_weights(a, b):
 def test_a_run_leaves_what_the_contract_names(unbroken, recipe):
     folder, done = unbroken[recipe]
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "env.json", "metrics.jsonl", "summary.json",
-                                                  "ledger.json", "checkpoints", "final"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+        "ledger.json",
+        "checkpoints",
+        "final",
+    }
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
     told = summary(folder)
     assert (told["status"], told["steps"], told["demo"], told["scale"]) == ("done", STEPS, True, "mini")
@@ -100,8 +122,9 @@ def test_final_loads_in_stock_transformers_and_was_trained(unbroken, world, reci
     folder, _ = unbroken[recipe]
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     out = model.generate(**prompt, max_new_tokens=4)
     assert out.shape[1] > prompt["input_ids"].shape[1]
     assert not same_weights(folder / "final", world / "base")
@@ -147,16 +170,20 @@ def test_kill_9_at_any_moment_ends_bitwise_where_the_unbroken_run_ends(unbroken,
     checkpoints = out / "checkpoints"
     chance = random.Random(recipe)
     moments = [
-        lambda: (out / ".preparing-data").exists() or (out / "data").exists(),          # in preparation
-        lambda: any(checkpoints.glob(".writing-*/checkpoint-*/*.safetensors")),         # inside the first checkpoint
-        lambda: any(checkpoints.glob("step-*")),                                        # right after one
+        lambda: (out / ".preparing-data").exists() or (out / "data").exists(),  # in preparation
+        lambda: any(checkpoints.glob(".writing-*/checkpoint-*/*.safetensors")),  # inside the first checkpoint
+        lambda: any(checkpoints.glob("step-*")),  # right after one
         lambda: any(checkpoints.glob(".writing-*/*/MANIFEST.json")) or chance.random() < 0.001,
-        lambda: (checkpoints / "step-000006").exists(),                                 # trained, not yet saved
+        lambda: (checkpoints / "step-000006").exists(),  # trained, not yet saved
     ]
     killed = 0
     for ready in moments:
-        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out, recipe=recipe)], env=ENV,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words(world, out, recipe=recipe)],
+            env=ENV,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
             killed += kill_when(process, ready)
         if summary_status(out) == "done":
             break
@@ -166,10 +193,12 @@ def test_kill_9_at_any_moment_ends_bitwise_where_the_unbroken_run_ends(unbroken,
     assert same_weights(folder / "final", out / "final")
     if recipe == "sft_lora":
         assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
-            out / "adapter/adapter_model.safetensors").read_bytes()
+            out / "adapter/adapter_model.safetensors"
+        ).read_bytes()
     drop = ("seconds", "tokens_per_s", "peak_memory_bytes")
     assert [{k: v for k, v in m.items() if k not in drop} for m in metrics(folder)] == [
-        {k: v for k, v in m.items() if k not in drop} for m in metrics(out)]
+        {k: v for k, v in m.items() if k not in drop} for m in metrics(out)
+    ]
     assert not list(checkpoints.glob(".writing*"))
 
 
@@ -183,8 +212,13 @@ def summary_status(folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_on(unbroken, world, tmp_path, number):
     out = tmp_path / "run"
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out)], env=ENV, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words(world, out)],
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         while process.poll() is None and not (out / "metrics.jsonl").exists():
             time.sleep(0.005)
         while process.poll() is None and not any("loss" in m for m in safe_metrics(out)):
@@ -209,10 +243,16 @@ def safe_metrics(folder):
 def test_a_loss_that_is_not_finite_stops_with_one_line(world, tmp_path):
     tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tok"))
     weights = load_file(tmp_path / "base/model.safetensors")
-    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 1e37}, tmp_path / "base/model.safetensors",
-              {"format": "pt"})
-    done = run(words(world, tmp_path / "run", f"model.path={tmp_path / 'base'}", "train.precision=fp32",
-                     "optim.max_grad_norm=0"))
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"] * 1e37},
+        tmp_path / "base/model.safetensors",
+        {"format": "pt"},
+    )
+    done = run(
+        words(
+            world, tmp_path / "run", f"model.path={tmp_path / 'base'}", "train.precision=fp32", "optim.max_grad_norm=0"
+        )
+    )
     assert done.returncode == 2 and re.search(r"error: the loss is (nan|inf) at step \d", done.stderr), done.stderr
     assert "Traceback" not in done.stderr and summary(tmp_path / "run")["status"] == "failed"
     assert not list((tmp_path / "run/checkpoints").glob("step-*")), "a checkpoint of broken weights was written"
@@ -229,11 +269,26 @@ def prepared(world):
 def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, tmp_path):
     worker = [str(ROOT / "tests/gradients_worker.py"), str(world / "base"), str(prepared)]
     results = {}
-    for name, launch, rows in (("1x8", [sys.executable], 8), ("2x4", [sys.executable], 4), ("8x1", [sys.executable], 1),
-                               ("two processes", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                                                  f"--master_port={random.randint(20000, 60000)}"], 2)):
+    for name, launch, rows in (
+        ("1x8", [sys.executable], 8),
+        ("2x4", [sys.executable], 4),
+        ("8x1", [sys.executable], 1),
+        (
+            "two processes",
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node=2",
+                f"--master_port={random.randint(20000, 60000)}",
+            ],
+            2,
+        ),
+    ):
         out = tmp_path / f"{name}.pt"
-        done = subprocess.run([*launch, *worker, str(rows), str(out)], capture_output=True, text=True, env=ENV, timeout=180)
+        done = subprocess.run(
+            [*launch, *worker, str(rows), str(out)], capture_output=True, text=True, env=ENV, timeout=180
+        )
         assert done.returncode == 0, done.stderr
         results[name] = torch.load(out)
     whole = results["1x8"]
@@ -246,13 +301,24 @@ def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, 
 
 
 def launcher(*words_, **kwargs):
-    return subprocess.run([sys.executable, "-m", *words_], capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"PYTHONUNBUFFERED": "1"}, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", *words_],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        **kwargs,
+    )
 
 
 def test_accelerate_launch_uses_all_cores_and_gives_the_same_result(world, unbroken, tmp_path):
-    done = launcher("accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml"),
-                    str(ROOT / "train.py"), *words(world, tmp_path / "run"))
+    done = launcher(
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+        str(ROOT / "train.py"),
+        *words(world, tmp_path / "run"),
+    )
     assert done.returncode == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
     assert f"device cpu ({cores} threads)" in done.stdout or torch.cuda.is_available()
@@ -261,12 +327,17 @@ def test_accelerate_launch_uses_all_cores_and_gives_the_same_result(world, unbro
 
 
 def test_two_processes_train_together(world, unbroken, tmp_path):
-    done = launcher("accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-                    f"--main_process_port={random.randint(20000, 60000)}", str(ROOT / "train.py"),
-                    *words(world, tmp_path / "run", "train.precision=fp32"))
+    done = launcher(
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        f"--main_process_port={random.randint(20000, 60000)}",
+        str(ROOT / "train.py"),
+        *words(world, tmp_path / "run", "train.precision=fp32"),
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es) x 1 x 2 rows" in done.stdout
-    assert done.stdout.count("recipe=sft scale=mini") == 1            # one voice
+    assert done.stdout.count("recipe=sft scale=mini") == 1  # one voice
     ours, theirs = summary(tmp_path / "run"), summary(unbroken["sft"][0])
     assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
@@ -274,8 +345,16 @@ def test_two_processes_train_together(world, unbroken, tmp_path):
 def test_processes_that_would_train_apart_stop(world, tmp_path):
     """Two plain processes in one directory, as a launcher that forms no group starts them: one trains, one stops."""
     out = tmp_path / "run"
-    commands = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, out)], env=ENV, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    commands = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words(world, out)],
+            env=ENV,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     results = [(p.communicate(timeout=180), p.returncode) for p in commands]
     assert sorted(code for _, code in results) == [0, 2]
     refused = next(text[1] for text, code in results if code == 2)
@@ -284,9 +363,18 @@ def test_processes_that_would_train_apart_stop(world, tmp_path):
 
 def test_a_worker_whose_launcher_dies_stops(world, tmp_path):
     out = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"),
-                           *words(world, out, "train.max_steps=2000", "train.save_steps=1000")], env=os.environ,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launch:
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            str(ROOT / "train.py"),
+            *words(world, out, "train.max_steps=2000", "train.save_steps=1000"),
+        ],
+        env=os.environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as launch:
         while launch.poll() is None and not any("loss" in m for m in safe_metrics(out)):
             time.sleep(0.01)
         lock = (out / ".lock").read_text()
@@ -313,20 +401,28 @@ def test_a_local_run_looks_up_no_host(world, tmp_path):
         "    return call\n"
         "for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):\n"
         "    setattr(socket, name, refuse(name))\n"
-        "socket.socket.connect = refuse('connect')\n")
+        "socket.socket.connect = refuse('connect')\n"
+    )
     looked_up = tmp_path / "looked_up"
     env = {k: v for k, v in ENV.items() if not k.startswith("HF_") and k != "CI"}
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words(world, tmp_path / "run", recipe="sft_lora")],
-                          capture_output=True, text=True, timeout=180,
-                          env=env | {"PYTHONPATH": str(tmp_path), "LOOKED_UP": str(looked_up)})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words(world, tmp_path / "run", recipe="sft_lora")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=env | {"PYTHONPATH": str(tmp_path), "LOOKED_UP": str(looked_up)},
+    )
     assert done.returncode == 0, done.stderr
     assert not looked_up.exists(), looked_up.read_text()
 
 
 def test_without_network_the_real_thing_stops_within_ten_seconds_with_three_ways_on(tmp_path):
     began = time.monotonic()
-    done = run(["recipe=sft", "scale=135m", f"output_dir={tmp_path / 'run'}"], HF_ENDPOINT="http://127.0.0.1:9",
-               HF_HOME=str(tmp_path / "hf"))
+    done = run(
+        ["recipe=sft", "scale=135m", f"output_dir={tmp_path / 'run'}"],
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HOME=str(tmp_path / "hf"),
+    )
     assert time.monotonic() - began < 10
     assert done.returncode == 2 and len(done.stderr.strip().split("\n")) == 1
     for way in ("BAAI/Infinity-Instruct", "hf auth login", "data.files=", "scale=mini"):

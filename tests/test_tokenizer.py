@@ -146,9 +146,7 @@ def test_regex_classes_agree_on_every_code_point(regex):
     drops = pre_tokenizers.Split(Regex(regex), "removed")
     code_points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     differ = [
-        hex(c)
-        for c in code_points
-        if bool(keeps.encode_ordinary(chr(c))) == bool(drops.pre_tokenize_str(chr(c)))
+        hex(c) for c in code_points if bool(keeps.encode_ordinary(chr(c))) == bool(drops.pre_tokenize_str(chr(c)))
     ]
     assert differ == []
 

@@ -11,22 +11,33 @@ import hashlib
 import json
 import unicodedata
 
-ROLES = {"human": "user", "user": "user", "prompter": "user",
-         "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-         "model": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """Messages that begin with a user turn (after an optional system line) and end with an assistant turn."""
 
-    messages: list[dict]        # {"role": "system" | "user" | "assistant", "content": str}
-    language: str               # zh, en or other, by script
+    messages: list[dict]  # {"role": "system" | "user" | "assistant", "content": str}
+    language: str  # zh, en or other, by script
     source: str
 
     def sha256(self) -> str:
         """Identity by content: the same words are the same conversation, whatever its id or file."""
-        return hashlib.sha256(json.dumps(self.messages, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(
+            json.dumps(self.messages, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        ).hexdigest()
 
 
 class Refused(ValueError):
@@ -36,7 +47,9 @@ class Refused(ValueError):
 def normalise(record: dict, default_source: str) -> Conversation:
     """Raises Refused with the reason. Turns after the last answer are cut: nothing in them could be supervised."""
     messages = [message(turn) for turn in turns_of(record)]
-    messages = [m for i, m in enumerate(messages) if not (i == 0 and m["role"] == "system" and not m["content"].strip())]
+    messages = [
+        m for i, m in enumerate(messages) if not (i == 0 and m["role"] == "system" and not m["content"].strip())
+    ]
     last_answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last_answer is None:
         raise Refused("no assistant turn")
@@ -52,8 +65,11 @@ def normalise(record: dict, default_source: str) -> Conversation:
     if any(not m["content"].strip() for m in messages if m["role"] != "system"):
         raise Refused("empty turn")
     source = record.get("source")
-    return Conversation(messages, language("".join(m["content"] for m in messages)),
-                        source if isinstance(source, str) and source else default_source)
+    return Conversation(
+        messages,
+        language("".join(m["content"] for m in messages)),
+        source if isinstance(source, str) and source else default_source,
+    )
 
 
 def turns_of(record: dict) -> list:
@@ -127,4 +143,4 @@ def answer_bytes(messages: list[dict]) -> int:
 def without_leading_exchange(messages: list[dict]) -> list[dict] | None:
     """The same without its oldest question and answer, the system line kept; None when only one exchange is left."""
     head = 1 if messages[0]["role"] == "system" else 0
-    return messages[:head] + messages[head + 2:] if len(messages) > head + 2 else None
+    return messages[:head] + messages[head + 2 :] if len(messages) > head + 2 else None

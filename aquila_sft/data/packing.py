@@ -27,8 +27,8 @@ def pack(lengths: np.ndarray, capacity: int, *, window: int, seed: int) -> list[
 
 def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    rooms: list[int] = []                      # the distinct free lengths of open rows, ascending
-    with_room: dict[int, list[int]] = {}       # free length -> rows that have it
+    rooms: list[int] = []  # the distinct free lengths of open rows, ascending
+    with_room: dict[int, list[int]] = {}  # free length -> rows that have it
     for index in indices[np.argsort(-lengths[indices], kind="stable")].tolist():
         length = int(lengths[index])
         at = bisect.bisect_left(rooms, length)

@@ -1,7 +1,6 @@
-"""Conversations become packed rows on disk, and packed rows become batches.
+"""Conversations become packed rows on disk.
 
     files -> records -> Conversation -> (ids, is_target) -> length policy -> train/ and held-back/<language>/
-    rows (numbers) -> batch of input_ids, labels, position_ids, int64 [B, T]
 
 Nothing leaves without a line in the ledger. Tokens lie flat in memory-mapped files, so a set may be larger than memory
 and several processes share it. What was prepared is reused only under the same key: data bytes, tokenizer, template,
@@ -21,11 +20,11 @@ import numpy as np
 
 from aquila_sft.data import conversations, packing, sources
 from aquila_sft.data.conversations import Conversation, Refused
+from aquila_sft.data.ledger import Ledger
 from aquila_sft.errors import UserError
 
-FORMAT = 1                      # raise it when a change here changes the rows
-BATCH = 512                     # conversations tokenized together
-IGNORE = -100                   # the label of a token that is not supervised
+FORMAT = 1  # raise it when a change here changes the rows
+BATCH = 512  # conversations tokenized together
 
 Encoder = Callable[[list[list[dict]]], list[tuple[list[int], list[bool]]]]
 
@@ -41,51 +40,14 @@ class RowPolicy:
     seed: int
 
 
-class Ledger:
-    """What was read, kept, shortened and left out, by language, source and reason."""
-
-    def __init__(self) -> None:
-        self.read = 0
-        self.languages: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self.sources: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self.left_out: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self.examples: dict[str, list[str]] = collections.defaultdict(list)
-
-    def refuse(self, reason: str, language: str, source: str, where: str) -> None:
-        self.left_out[reason][language] += 1
-        self.languages[language]["left_out"] += 1
-        self.sources[source]["left_out"] += 1
-        if len(self.examples[reason]) < 3:
-            self.examples[reason].append(where)
-
-    def keep(self, conversation: Conversation, tokens: int, answer_tokens: int, held_back: bool) -> None:
-        for counter in (self.languages[conversation.language], self.sources[conversation.source]):
-            counter["held_back" if held_back else "kept"] += 1
-            counter["tokens"] += tokens
-            counter["answer_tokens"] += answer_tokens
-
-    def shorten(self, conversation: Conversation, exchanges: int, answer_tokens: int) -> None:
-        for counter in (self.languages[conversation.language], self.sources[conversation.source]):
-            counter["shortened"] += 1
-            counter["leading_exchanges_cut"] += exchanges
-            counter["answer_tokens_cut"] += answer_tokens
-
-    def total(self, key: str) -> int:
-        return sum(counter[key] for counter in self.languages.values())
-
-    def as_dict(self) -> dict:
-        def sorted_counts(table: dict) -> dict:
-            return {name: dict(sorted(counts.items())) for name, counts in sorted(table.items())}
-        keys = ("kept", "held_back", "left_out", "shortened", "tokens", "answer_tokens", "answer_tokens_cut")
-        reasons = {reason: {"records": sum(counts.values()), "by_language": dict(sorted(counts.items())),
-                            "first": self.examples[reason]}
-                   for reason, counts in sorted(self.left_out.items(), key=lambda item: -sum(item[1].values()))}
-        return {"read": self.read, **{key: self.total(key) for key in keys}, "reasons": reasons,
-                "by_language": sorted_counts(self.languages), "by_source": sorted_counts(self.sources)}
-
-
-def prepare(files: list[Path], folder: Path, encode: Encoder, policy: RowPolicy, key: dict,
-            progress: Callable[[Iterable], Iterable] = iter) -> dict:
+def prepare(
+    files: list[Path],
+    folder: Path,
+    encode: Encoder,
+    policy: RowPolicy,
+    key: dict,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict:
     """Write train/ and held-back/<language>/ under `folder`, unless they are there under the same key; the ledger.
 
     encode: list of messages -> (ids, is_target) each. key: JSON, everything the rows depend on. Raises UserError when
@@ -110,28 +72,41 @@ def prepare(files: list[Path], folder: Path, encode: Encoder, policy: RowPolicy,
 
         held_back: collections.Counter = collections.Counter()
         threshold = int(policy.holdout_fraction * 2**64)
-        for conversation, where, ids, is_target in tokenized(progress(readable(files, ledger)), encode, ledger, policy):
+        for conversation, _, ids, is_target in tokenized(progress(readable(files, ledger)), encode, ledger, policy):
             language = conversation.language
             hold = (int(conversation.sha256()[:16], 16) < threshold) and held_back[language] < policy.holdout_max
             held_back[language] += hold
             writer(f"held-back/{language}" if hold else "train").add(
-                ids, is_target, conversations.answer_bytes(conversation.messages))
+                ids, is_target, conversations.answer_bytes(conversation.messages)
+            )
             ledger.keep(conversation, len(ids), sum(is_target), hold)
         report = ledger.as_dict()
         if not ledger.total("kept"):
             reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in report["reasons"].items())
-            raise UserError(f"no conversation is left to train on: {ledger.read} records read from "
-                            f"{', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}; "
-                            + (f"left out for: {reasons}" if reasons else "held back all that were kept"
-                               if ledger.total("held_back") else "the files are empty"))
+            raise UserError(
+                f"no conversation is left to train on: {ledger.read} records read from "
+                f"{', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}; "
+                + (
+                    f"left out for: {reasons}"
+                    if reasons
+                    else "held back all that were kept"
+                    if ledger.total("held_back")
+                    else "the files are empty"
+                )
+            )
     report["rows"] = {}
     for part in writers:
         lengths = np.diff(np.fromfile(aside / part / "offsets.bin", dtype=np.int64))
         rows = packing.pack(lengths, policy.max_length, window=policy.pack_window, seed=policy.seed)
         np.array([len(r) for r in rows], dtype=np.int64).tofile(aside / part / "row_sizes.bin")
         np.array([i for r in rows for i in r], dtype=np.int64).tofile(aside / part / "row_items.bin")
-        report["rows"][part] = {"rows": len(rows), "filled": round(int(lengths.sum()) / (len(rows) * policy.max_length), 4)}
-    (aside / "prepared.json").write_text(json.dumps({"key": key, "ledger": report}, ensure_ascii=False), encoding="utf-8")
+        report["rows"][part] = {
+            "rows": len(rows),
+            "filled": round(int(lengths.sum()) / (len(rows) * policy.max_length), 4),
+        }
+    (aside / "prepared.json").write_text(
+        json.dumps({"key": key, "ledger": report}, ensure_ascii=False), encoding="utf-8"
+    )
     os.rename(aside, folder)
     return report
 
@@ -148,12 +123,17 @@ def readable(files: list[Path], ledger: Ledger) -> Iterator[tuple[Conversation, 
                 yield conversations.normalise(record, default_source=f"{file.parent.name}/{file.name}"), where
             except Refused as refused:
                 source = record.get("source")
-                ledger.refuse(refused.args[0], conversations.language(conversations.any_text(record)),
-                              source if isinstance(source, str) and source else f"{file.parent.name}/{file.name}", where)
+                ledger.refuse(
+                    refused.args[0],
+                    conversations.language(conversations.any_text(record)),
+                    source if isinstance(source, str) and source else f"{file.parent.name}/{file.name}",
+                    where,
+                )
 
 
-def tokenized(found: Iterable[tuple[Conversation, str]], encode: Encoder, ledger: Ledger, policy: RowPolicy
-              ) -> Iterator[tuple[Conversation, str, list[int], list[bool]]]:
+def tokenized(
+    found: Iterable[tuple[Conversation, str]], encode: Encoder, ledger: Ledger, policy: RowPolicy
+) -> Iterator[tuple[Conversation, str, list[int], list[bool]]]:
     batch: list[tuple[Conversation, str]] = []
 
     def flush() -> Iterator[tuple[Conversation, str, list[int], list[bool]]]:
@@ -164,8 +144,9 @@ def tokenized(found: Iterable[tuple[Conversation, str]], encode: Encoder, ledger
                 continue
             kept, kept_ids, kept_target = fitting
             if kept is not conversation:
-                ledger.shorten(kept, (len(conversation.messages) - len(kept.messages)) // 2,
-                               sum(is_target) - sum(kept_target))
+                ledger.shorten(
+                    kept, (len(conversation.messages) - len(kept.messages)) // 2, sum(is_target) - sum(kept_target)
+                )
             yield kept, where, kept_ids, kept_target
         batch.clear()
 
@@ -176,8 +157,9 @@ def tokenized(found: Iterable[tuple[Conversation, str]], encode: Encoder, ledger
     yield from flush()
 
 
-def fitted(conversation: Conversation, ids: list[int], is_target: list[bool], encode: Encoder, max_length: int
-           ) -> tuple[Conversation, list[int], list[bool]] | None:
+def fitted(
+    conversation: Conversation, ids: list[int], is_target: list[bool], encode: Encoder, max_length: int
+) -> tuple[Conversation, list[int], list[bool]] | None:
     """The conversation without as many of its oldest exchanges as it takes to fit; None when the last one does not.
 
     An answer is whole or absent, never cut. How many to drop is found by bisection: a row-long tail of a
@@ -207,7 +189,9 @@ class Writer:
         self.folder, self.position = folder, 0
 
     def __enter__(self) -> "Writer":
-        self.files = {name: open(self.folder / f"{name}.bin", "wb") for name in ("tokens", "targets", "offsets", "bytes")}
+        self.files = {
+            name: open(self.folder / f"{name}.bin", "wb") for name in ("tokens", "targets", "offsets", "bytes")
+        }
         self.files["offsets"].write(np.int64(0).tobytes())
         return self
 
@@ -221,77 +205,3 @@ class Writer:
         self.files["targets"].write(np.asarray(is_target, dtype=bool).tobytes())
         self.files["offsets"].write(np.int64(self.position).tobytes())
         self.files["bytes"].write(np.int64(answer_bytes).tobytes())
-
-
-class PackedRows:
-    """One prepared part. Row r holds whole conversations, and turns into tensors on request."""
-
-    def __init__(self, folder: Path) -> None:
-        def mapped(name: str, dtype: type) -> np.ndarray:
-            file = folder / f"{name}.bin"
-            return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype=dtype)
-
-        self.tokens, self.targets = mapped("tokens", np.uint32), mapped("targets", np.bool_)
-        self.offsets, self.bytes = mapped("offsets", np.int64), mapped("bytes", np.int64)
-        self.row_items = mapped("row_items", np.int64)
-        self.row_starts = np.concatenate([[0], np.cumsum(mapped("row_sizes", np.int64))])
-
-    def __len__(self) -> int:
-        return len(self.row_starts) - 1
-
-    def items(self, row: int) -> np.ndarray:
-        """The conversations of a row."""
-        return self.row_items[self.row_starts[row] : self.row_starts[row + 1]]
-
-    def row_tokens(self) -> np.ndarray:
-        """Tokens of every row, padding not counted; int64 [rows]."""
-        if not len(self):
-            return np.empty(0, dtype=np.int64)
-        return np.add.reduceat(np.diff(self.offsets)[self.row_items], self.row_starts[:-1])
-
-    def batch(self, rows: list[int], length: int, pad_id: int) -> dict:
-        """input_ids, labels, position_ids, int64 [len(rows), length]; row -1 is blank.
-
-        Positions restart at every conversation and at the padding, which is what isolates them: there is no attention
-        mask, the model derives the blocks from the positions. A conversation's first token is never a label: it would
-        be predicted from the conversation before it.
-        """
-        import torch
-
-        ids = np.full((len(rows), length), pad_id, dtype=np.int64)
-        labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
-        positions = np.zeros((len(rows), length), dtype=np.int64)
-        for b, row in enumerate(rows):
-            at = 0
-            for item in self.items(row) if row >= 0 else ():
-                start, end = int(self.offsets[item]), int(self.offsets[item + 1])
-                span = slice(at, at + end - start)
-                ids[b, span] = self.tokens[start:end]
-                labels[b, span] = np.where(self.targets[start:end], ids[b, span], IGNORE)
-                labels[b, at] = IGNORE
-                positions[b, span] = np.arange(end - start)
-                at += end - start
-            positions[b, at:] = np.arange(length - at)
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels),
-                "position_ids": torch.from_numpy(positions)}
-
-
-class RowOrder:
-    """Which row comes at which place of a run: a pure function of (seed, place), so that going on needs no state.
-
-    Every epoch is a new permutation of all rows. Places from `end` on are blank rows: they fill the last step of a run
-    that is measured in epochs, and train nothing.
-    """
-
-    def __init__(self, num_rows: int, seed: int, end: int) -> None:
-        self.num_rows, self.seed, self.end = num_rows, seed, end
-        self.epoch, self.permutation = -1, np.empty(0, dtype=np.int64)
-
-    def __call__(self, place: int) -> int:
-        if place >= self.end:
-            return -1
-        epoch = place // self.num_rows
-        if epoch != self.epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.epoch, self.permutation = epoch, generator.permutation(self.num_rows)
-        return int(self.permutation[place % self.num_rows])

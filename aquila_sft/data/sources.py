@@ -69,6 +69,7 @@ def open_bytes(file: Path) -> io.BufferedIOBase:
         return gzip.open(file, "rb")
     if file.suffix == ".zst":
         import zstandard
+
         return io.BufferedReader(zstandard.open(file, "rb"))
     return open(file, "rb")
 
@@ -83,8 +84,10 @@ def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
         if isinstance(parsed(first), dict):
             yield from read_lines(file)
             return
-        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
-                        "it out of data.files") from None
+        raise UserError(
+            f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
+            "it out of data.files"
+        ) from None
     for number, record in enumerate(content if isinstance(content, list) else [content], 1):
         yield f"{file}:{number}", record if isinstance(record, dict) else None
 

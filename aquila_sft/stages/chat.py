@@ -37,8 +37,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def run(cfg: ChatRun, compose_run: Callable) -> None:
     """Answer what `cfg` asks. Raises UserError, or Stopped at a Ctrl-C outside an interactive session."""
     if runtime.world_size() > 1:
-        raise UserError(f"recipe=chat runs in one process, and {runtime.world_size()} were started; use "
-                        "python train.py recipe=chat")
+        raise UserError(
+            f"recipe=chat runs in one process, and {runtime.world_size()} were started; use python train.py recipe=chat"
+        )
     asked = read_asked(cfg)
     runtime.settle(offline=is_local(cfg.model.path))
     try:
@@ -55,7 +56,7 @@ def run(cfg: ChatRun, compose_run: Callable) -> None:
             answer_all(generator, asked, cfg.generate, system)
     except KeyboardInterrupt:
         raise Stopped("Ctrl-C") from None
-    except BrokenPipeError:                     # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -71,6 +72,7 @@ def load_generator(cfg: ChatRun, folder: Path):
 
 # Which model
 
+
 def is_local(path: str | None) -> bool:
     """False for what can only be a Hub id: name/name, where no folder of either name exists here."""
     return not path or not HUB_ID.fullmatch(path) or Path(path).exists() or Path(path).parent.exists()
@@ -82,22 +84,28 @@ def find_model(model: Model, scale: str) -> Path:
         raise UserError("model.path is not set; add model.path=<folder or Hub id>")
     if not is_local(model.path):
         from aquila_sft import hub
+
         return hub.model_folder(model.path, model.revision)
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path={model.path}: no such folder; train a model (recipe=sft scale={scale}), "
-                        "or add model.path=<folder or Hub id>")
+        raise UserError(
+            f"model.path={model.path}: no such folder; train a model (recipe=sft scale={scale}), "
+            "or add model.path=<folder or Hub id>"
+        )
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model.path={model.path} holds a LoRA adapter without its base; use the merged "
-                        "model in the folder `final` of the same run")
+        raise UserError(
+            f"model.path={model.path} holds a LoRA adapter without its base; use the merged "
+            "model in the folder `final` of the same run"
+        )
     found = folder / "final"
     hint = f"use model.path={found}" if (found / "config.json").is_file() else "give a saved model's folder"
     raise UserError(f"model.path={model.path} holds no model (no config.json); {hint}")
 
 
 # What is asked
+
 
 @dataclass
 class Asked:
@@ -118,8 +126,9 @@ def read_asked(cfg: ChatRun) -> list[Asked] | None:
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise UserError(f"prompts={cfg.prompts}: {error.strerror}; give a text file with a prompt a line, or "
-                        "a .jsonl") from None
+        raise UserError(
+            f"prompts={cfg.prompts}: {error.strerror}; give a text file with a prompt a line, or a .jsonl"
+        ) from None
     asked = []
     for line_no, line in enumerate(lines, 1):
         if line.strip():
@@ -160,7 +169,7 @@ def asked_from(where: str, given: dict) -> Asked:
     try:
         text = "".join(render_runs(messages, default_system=None))
         text.encode("utf-8")
-    except UnicodeEncodeError:                  # a ValueError too, so it comes first
+    except UnicodeEncodeError:  # a ValueError too, so it comes first
         raise UserError(f"{where}: holds half of a surrogate pair, which is no character") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
@@ -174,6 +183,7 @@ def asked_from(where: str, given: dict) -> Asked:
 
 
 # Answers without a session
+
 
 def answer_one(generator, asked: Asked, settings: Generate, system: str | None) -> None:
     """Stream the answer to stdout."""
@@ -217,6 +227,7 @@ def fit(generator, messages: list[Message], settings: Generate) -> list[Message]
 
 
 # A session
+
 
 class Session:
     """A conversation at the terminal: its system line, its turns so far, and the commands."""
@@ -263,7 +274,7 @@ class Session:
         """Stream the answer to `text`, and remember both; after a Ctrl-C, what there was of it."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         asked = {"role": "user", "content": text}
-        kept = fit(self.generator, [*system, *self.history, asked], self.settings)[len(system):]
+        kept = fit(self.generator, [*system, *self.history, asked], self.settings)[len(system) :]
         if len(kept) <= len(self.history) and not self.has_forgotten:
             self.has_forgotten = True
             notice("(the conversation has outgrown the context: its oldest turns are being forgotten)")
@@ -305,15 +316,17 @@ def edit_lines() -> None:
     """Line editing, and a paste of several lines as one message, where Python has GNU readline."""
     with contextlib.suppress(ImportError):
         import readline
+
         if "libedit" in (readline.__doc__ or ""):
             return
         readline.parse_and_bind("set enable-bracketed-paste on")
-        readline.parse_and_bind("tab: self-insert")             # there is nothing to complete
+        readline.parse_and_bind("tab: self-insert")  # there is nothing to complete
         for setting in ("input-meta on", "output-meta on", "convert-meta off"):
-            readline.parse_and_bind(f"set {setting}")           # Chinese is text, even with LC_ALL=C
+            readline.parse_and_bind(f"set {setting}")  # Chinese is text, even with LC_ALL=C
 
 
 # Text in and out
+
 
 def use_utf8(*streams) -> None:
     """Whatever the locale: bytes that are no UTF-8 become U+FFFD, and nothing that is shown can fail."""

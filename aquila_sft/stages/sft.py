@@ -1,6 +1,6 @@
 """recipe=sft and recipe=sft_lora: a base model and conversations in, a model that answers out.
 
-    inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> training -> evaluation -> final/
+inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> training -> evaluation -> final/
 """
 
 import contextlib
@@ -11,36 +11,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, run_dir, runtime
+from aquila_sft.card import model_card
 from aquila_sft.config import SftRun
 from aquila_sft.data import sft_set, sources
+from aquila_sft.data.rows import PackedRows
 from aquila_sft.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from aquila_sft.device import Choices
 
-THREE_WAYS = ("give data.files=<conversations> and model.path=<folder> (or model.path=random with tokenizer=aquila "
-              "tokenizer.ranks=<file>), or scale=135m for Aquila-135M and Infinity-Instruct from the Hub")
+THREE_WAYS = (
+    "give data.files=<conversations> and model.path=<folder> (or model.path=random with tokenizer=aquila "
+    "tokenizer.ranks=<file>), or scale=135m for Aquila-135M and Infinity-Instruct from the Hub"
+)
 
 
 @dataclasses.dataclass
 class Inputs:
     """What a run is made from, as files of this machine."""
 
-    base: Path | None               # None: fresh weights
-    tokenizer: Path | None          # folder, or tiktoken ranks; None: the base's own
+    base: Path | None  # None: fresh weights
+    tokenizer: Path | None  # folder, or tiktoken ranks; None: the base's own
     data: list[Path]
-    origin: dict                    # Hub repositories and commits, for the record
+    origin: dict  # Hub repositories and commits, for the record
 
     def contents(self) -> dict[str, str]:
         """Content hashes for the run's identity."""
+
         def folder(path: Path, *patterns: str) -> str:
             return run_dir.files_sha256(sorted(f for p in patterns for f in path.glob(p)))
 
         vocabulary = self.tokenizer or self.base
         names = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
-        return {"data": run_dir.files_sha256(self.data),
-                "base": folder(self.base, "config.json", "*.safetensors") if self.base else "random",
-                "vocabulary": folder(vocabulary, *names) if vocabulary.is_dir() else run_dir.files_sha256([vocabulary])}
+        return {
+            "data": run_dir.files_sha256(self.data),
+            "base": folder(self.base, "config.json", "*.safetensors") if self.base else "random",
+            "vocabulary": folder(vocabulary, *names) if vocabulary.is_dir() else run_dir.files_sha256([vocabulary]),
+        }
 
 
 def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
@@ -52,10 +59,13 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
+
             choices = device.choose(cfg.train)
             if main:
                 identity = run_dir.identity_of(cfg, **inputs.contents()) | {
-                    "train.precision": choices.precision.value, "train.attention": choices.attention}
+                    "train.precision": choices.precision.value,
+                    "train.attention": choices.attention,
+                }
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
                 out = run_dir.RunDir(Path(cfg.output_dir))
@@ -76,25 +86,35 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
 def find_inputs(cfg: SftRun) -> Inputs:
     """Base, tokenizer and data as local files. Raises UserError with the ways on when one is missing."""
     if cfg.data.files is None and cfg.data.manifest is None:
-        raise UserError(f"data.files is not set, and scale={cfg.scale} brings no conversations of its own: {THREE_WAYS}")
+        raise UserError(
+            f"data.files is not set, and scale={cfg.scale} brings no conversations of its own: {THREE_WAYS}"
+        )
     if cfg.model.path is None:
         raise UserError(f"model.path is not set, and scale={cfg.scale} brings no base model of its own: {THREE_WAYS}")
     chosen = cfg.tokenizer.ranks or cfg.tokenizer.path
     if chosen is None and cfg.model.path == "random":
-        raise UserError("model.path=random has no tokenizer of its own: add tokenizer.path=<folder>, or tokenizer=aquila "
-                        "tokenizer.ranks=<qwen.tiktoken>")
+        raise UserError(
+            "model.path=random has no tokenizer of its own: add tokenizer.path=<folder>, or tokenizer=aquila "
+            "tokenizer.ranks=<qwen.tiktoken>"
+        )
     vocabulary = Path(chosen).expanduser() if chosen else None
     if vocabulary is not None and not vocabulary.exists():
-        raise UserError(f"tokenizer.{'ranks' if cfg.tokenizer.ranks else 'path'}={vocabulary}: no such "
-                        f"{'file' if cfg.tokenizer.ranks else 'folder'}")
+        raise UserError(
+            f"tokenizer.{'ranks' if cfg.tokenizer.ranks else 'path'}={vocabulary}: no such "
+            f"{'file' if cfg.tokenizer.ranks else 'folder'}"
+        )
     origin: dict = {}
     if cfg.data.files is not None:
         files = sources.find(cfg.data.files)
     else:
         fetched = hub.dataset_files(cfg.data.manifest, cfg.data.subset)
         files = fetched.files
-        origin["data"] = {"repo": fetched.repo, "commit": fetched.revision, "subset": fetched.subset,
-                          "licence": fetched.licence}
+        origin["data"] = {
+            "repo": fetched.repo,
+            "commit": fetched.revision,
+            "subset": fetched.subset,
+            "licence": fetched.licence,
+        }
     base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
     if base is not None:
         origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
@@ -103,7 +123,8 @@ def find_inputs(cfg: SftRun) -> Inputs:
 
 def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
     """The run's tokenizer, with our chat template and a padding token, chat tokens checked or added."""
-    from aquila_sft import chat_template, tokenizer as tokenizers
+    from aquila_sft import chat_template
+    from aquila_sft import tokenizer as tokenizers
 
     converted = out.path / "tokenizer"
     if cfg.tokenizer.ranks:
@@ -116,13 +137,17 @@ def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
     tokenizer.chat_template = template
     if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
         if cfg.lora:
-            raise UserError("tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
-                            "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>")
+            raise UserError(
+                "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
+                "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>"
+            )
         runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
-    chat_template.turn_end_id(tokenizer)                          # raises when they are missing
+    chat_template.turn_end_id(tokenizer)  # raises when they are missing
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        runtime.say(f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id")
+        runtime.say(
+            f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id"
+        )
     return tokenizer
 
 
@@ -137,41 +162,67 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer) ->
 
     if not runtime.is_main():
         return run_dir.read_json(out.path / "ledger.json")
-    policy = sft_set.RowPolicy(cfg.train.max_length, cfg.data.holdout_fraction, cfg.data.holdout_max,
-                               cfg.data.pack_window, cfg.seed)
-    key = {"data": run_dir.files_sha256(inputs.data), "tokenizer": tokenizer_sha256(tokenizer),
-           "system": cfg.tokenizer.system}
+    policy = sft_set.RowPolicy(
+        cfg.train.max_length, cfg.data.holdout_fraction, cfg.data.holdout_max, cfg.data.pack_window, cfg.seed
+    )
+    key = {
+        "data": run_dir.files_sha256(inputs.data),
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "system": cfg.tokenizer.system,
+    }
     ledger = sft_set.prepare(
-        inputs.data, out.path / "data", partial(encode_batch, tokenizer, default_system=cfg.tokenizer.system), policy, key,
-        progress=partial(tqdm, unit=" conversations", desc="preparing", mininterval=1.0, leave=False))
-    run_dir.write_json(out.path / "ledger.json", {"files": [{"file": str(f), "bytes": f.stat().st_size} for f in inputs.data],
-                                                  "origin": inputs.origin, **ledger})
+        inputs.data,
+        out.path / "data",
+        partial(encode_batch, tokenizer, default_system=cfg.tokenizer.system),
+        policy,
+        key,
+        progress=partial(tqdm, unit=" conversations", desc="preparing", mininterval=1.0, leave=False),
+    )
+    run_dir.write_json(
+        out.path / "ledger.json",
+        {
+            "files": [{"file": str(f), "bytes": f.stat().st_size} for f in inputs.data],
+            "origin": inputs.origin,
+            **ledger,
+        },
+    )
     lost = ledger["left_out"] + ledger["shortened"]
-    runtime.say(f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
-                + (f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)" if lost else "")
-                + f"; {ledger['rows']['train']['rows']:,} rows, {ledger['rows']['train']['filled']:.1%} full")
+    runtime.say(
+        f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
+        + (
+            f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
+            if lost
+            else ""
+        )
+        + f"; {ledger['rows']['train']['rows']:,} rows, {ledger['rows']['train']['filled']:.1%} full"
+    )
     return ledger
 
 
-def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", tokenizer, ledger: dict,
-          newest: Path | None) -> None:
+def train(
+    cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", tokenizer, ledger: dict, newest: Path | None
+) -> None:
     import torch
     import transformers
 
-    from aquila_sft import chat_template, device, evaluate, lora, model as models, swap
+    from aquila_sft import chat_template, device, evaluate, lora, swap
+    from aquila_sft import model as models
     from aquila_sft.config import Precision
     from aquila_sft.log import MetricsFile
     from aquila_sft.trainer import Plan, SftTrainer
 
-    transformers.utils.logging.disable_progress_bar()        # one bar, ours
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      # peft's, not ours to mend
+    transformers.utils.logging.disable_progress_bar()  # one bar, ours
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's, not ours to mend
 
     def autocast():
         dtype = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(choices.precision)
         return torch.autocast(choices.device, dtype=dtype, enabled=dtype is not None)
 
-    net = models.load(inputs.base, attention=choices.attention) if inputs.base else models.build(
-        cfg.model, tokenizer, attention=choices.attention, seed=cfg.seed)
+    net = (
+        models.load(inputs.base, attention=choices.attention)
+        if inputs.base
+        else models.build(cfg.model, tokenizer, attention=choices.attention, seed=cfg.seed)
+    )
     limit = getattr(net.config, "max_position_embeddings", cfg.train.max_length)
     if cfg.train.max_length > limit:
         raise UserError(f"train.max_length={cfg.train.max_length} is more than the {limit} positions of the model")
@@ -180,26 +231,46 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
     if cfg.lora:
         net = lora.attach(net, cfg.lora, seed=cfg.seed)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    runtime.say(f"  {type(swap.base_of(net)).__name__}, {parameters:,} parameters, {trainable:,} trained; "
-                f"base: {cfg.model.path}")
+    runtime.say(
+        f"  {type(swap.base_of(net)).__name__}, {parameters:,} parameters, {trainable:,} trained; "
+        f"base: {cfg.model.path}"
+    )
 
-    rows = sft_set.PackedRows(out.path / "data" / "train")
-    held_back = {p.name: sft_set.PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
+    rows = PackedRows(out.path / "data" / "train")
+    held_back = {p.name: PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
     plan = Plan(cfg, len(rows), choices.device)
     done_steps = checkpoint.step_of(newest) if newest else 0
-    runtime.say(f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens = {plan.epochs:.2f} "
-                f"epochs; {runtime.world_size()} process(es) x {plan.accumulation} x {plan.micro_rows} rows"
-                + (f"; going on from step {done_steps}" if newest else ""))
+    runtime.say(
+        f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens = {plan.epochs:.2f} "
+        f"epochs; {runtime.world_size()} process(es) x {plan.accumulation} x {plan.micro_rows} rows"
+        + (f"; going on from step {done_steps}" if newest else "")
+    )
     metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1)
     stop = runtime.StopSignal()
 
     def evaluation(net: torch.nn.Module) -> dict:
-        return evaluate.answers(net, held_back, length=cfg.train.max_length, rows_at_once=plan.micro_rows,
-                                pad_id=tokenizer.pad_token_id, turn_end_id=chat_template.turn_end_id(tokenizer),
-                                autocast=autocast)
+        return evaluate.answers(
+            net,
+            held_back,
+            length=cfg.train.max_length,
+            rows_at_once=plan.micro_rows,
+            pad_id=tokenizer.pad_token_id,
+            turn_end_id=chat_template.turn_end_id(tokenizer),
+            autocast=autocast,
+        )
 
-    trainer = SftTrainer(cfg, model=net, tokenizer=tokenizer, rows=rows, plan=plan, choices=choices, folder=out.path,
-                         metrics=metrics, stop=stop, evaluation=evaluation)
+    trainer = SftTrainer(
+        cfg,
+        model=net,
+        tokenizer=tokenizer,
+        rows=rows,
+        plan=plan,
+        choices=choices,
+        folder=out.path,
+        metrics=metrics,
+        stop=stop,
+        evaluation=evaluation,
+    )
     swap.check_loss(net, choices.device, autocast())
     swap.check_isolation(net, choices.device, autocast())
     with stop:
@@ -207,26 +278,43 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         if trainer.state.global_step < plan.steps:
-            raise Stopped(f"{stop.name} at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in "
-                          f"{out.checkpoints}, the same command goes on from it")
+            raise Stopped(
+                f"{stop.name} at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in "
+                f"{out.checkpoints}, the same command goes on from it"
+            )
         if held_back:
             trainer.evaluate()
 
     seconds, logged = metrics.seconds(), metrics.read()
-    net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)     # no autocast in the merge gate
+    net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no autocast in the merge gate
     gate = save_final(cfg, out, net, tokenizer, ledger) if runtime.is_main() else {}
     if runtime.is_main():
         tokens = trainer.narrator.count_to(plan.steps)
         losses = [m["loss"] for m in logged if "loss" in m]
         evaluations = [m for m in logged if any(k.startswith("eval_") for k in m)]
         out.write_summary(
-            status="done", stage=cfg.stage, recipe=cfg.recipe, scale=cfg.scale, demo=cfg.demo, steps=plan.steps,
-            tokens=tokens, seconds=round(seconds, 1), tokens_per_s=round(tokens / seconds, 1),
-            peak_memory_bytes=device.peak_memory_bytes(), parameters=parameters, trained_parameters=trainable,
-            loss=losses[-1] if losses else None, first_loss=losses[0] if losses else None,
+            status="done",
+            stage=cfg.stage,
+            recipe=cfg.recipe,
+            scale=cfg.scale,
+            demo=cfg.demo,
+            steps=plan.steps,
+            tokens=tokens,
+            seconds=round(seconds, 1),
+            tokens_per_s=round(tokens / seconds, 1),
+            peak_memory_bytes=device.peak_memory_bytes(),
+            parameters=parameters,
+            trained_parameters=trainable,
+            loss=losses[-1] if losses else None,
+            first_loss=losses[0] if losses else None,
             **by_language(evaluations[-1] if evaluations else {}),
-            before=by_language(evaluations[0] if evaluations else {}), **gate,
-            device=choices.device, precision=choices.precision.value, attention=choices.attention, origin=inputs.origin)
+            before=by_language(evaluations[0] if evaluations else {}),
+            **gate,
+            device=choices.device,
+            precision=choices.precision.value,
+            attention=choices.attention,
+            origin=inputs.origin,
+        )
 
 
 def by_language(metrics: dict) -> dict[str, dict[str, float]]:
@@ -243,32 +331,24 @@ def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer, ledger: dict) -
     """final/, whole or absent; with LoRA the adapter first, then the merged model that passed the gate."""
     import shutil
 
-    from aquila_sft import lora, model as models
+    from aquila_sft import lora
+    from aquila_sft import model as models
 
     gate = {}
     if cfg.lora:
         net.save_pretrained(out.path / "adapter", save_embedding_layers=False)
         net, difference = lora.merge(net, tokenizer, cfg.lora, cfg.tokenizer.system)
         gate = {"merge_difference": difference}
-        runtime.say(f"merge gate: logits of merged and unmerged model differ by {difference:.1e} of the largest at most "
-                    f"(allowed: {cfg.lora.merge_tolerance:.1e})")
+        runtime.say(
+            f"merge gate: logits of merged and unmerged model differ by {difference:.1e} of the largest at most "
+            f"(allowed: {cfg.lora.merge_tolerance:.1e})"
+        )
     aside = out.path / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
     models.save(net, tokenizer, aside)
-    (aside / "README.md").write_text(card(cfg, ledger), encoding="utf-8")
+    (aside / "README.md").write_text(model_card(cfg, ledger), encoding="utf-8")
     checkpoint.commit(aside, out.final, recipe=cfg.recipe)
     return gate
-
-
-def card(cfg: SftRun, ledger: dict) -> str:
-    """The model card: what it is, what it was made from, and whether it is a toy."""
-    languages = [name for name in ("zh", "en") if name in ledger["by_language"]]
-    base = f"base_model: {cfg.model.path}\n" if cfg.model.path != "random" else ""
-    front = f"---\nlibrary_name: transformers\nlanguage: [{', '.join(languages)}]\n{base}demo: {str(cfg.demo).lower()}\n---\n"
-    return (f"{front}# {cfg.run_name}\n\nMade with Aquila-SFT, `recipe={cfg.recipe} scale={cfg.scale}`, from "
-            f"{'fresh weights' if cfg.model.path == 'random' else cfg.model.path} on {ledger['kept']:,} conversations.\n"
-            + ("\nThis is a small trial, not a model to use.\n" if cfg.demo else "")
-            + "\nChat format: ChatML; an answer ends with `<|im_end|>`. The settings are in `config.yaml` of the run.\n")
 
 
 @contextlib.contextmanager
@@ -281,8 +361,11 @@ def recorded(cfg: SftRun, out: run_dir.RunDir) -> Iterator[None]:
         yield
     except BaseException as error:
         if runtime.is_main():
-            out.write_summary(status="stopped" if isinstance(error, Stopped) else "failed", **about,
-                              reason=str(error) or type(error).__name__)
+            out.write_summary(
+                status="stopped" if isinstance(error, Stopped) else "failed",
+                **about,
+                reason=str(error) or type(error).__name__,
+            )
         raise
 
 
@@ -291,8 +374,12 @@ def closing(cfg: SftRun, out: run_dir.RunDir, state: str) -> None:
     summary = out.summary()
     if figures := summary.get("bits_per_byte"):
         before = summary["before"]["bits_per_byte"]
-        runtime.say("bits per byte of held-back answers: " + ", ".join(
-            f"{lang} {before.get(lang, float('nan')):.3f} -> {value:.3f}" for lang, value in figures.items()))
+        runtime.say(
+            "bits per byte of held-back answers: "
+            + ", ".join(
+                f"{lang} {before.get(lang, float('nan')):.3f} -> {value:.3f}" for lang, value in figures.items()
+            )
+        )
     runtime.say(f"{out.final} {state}\n  talk to it: python train.py recipe=chat model.path={out.final}")
     if cfg.demo:
         runtime.say("  this was scale=mini; scale=135m is Aquila-135M on Infinity-Instruct")

@@ -26,7 +26,13 @@ def run(cfg: TokenizerRun, compose_run: Callable[[list[str]], object]) -> None:
         tokenizer = convert_tiktoken(ranks, out.final)
         tokenizer.chat_template = chatml(cfg.tokenizer.system)
         save_tokenizer(tokenizer, out.final)
-        out.write_summary(status="done", stage=cfg.stage, scale=cfg.scale, demo=cfg.demo, entries=len(tokenizer),
-                          published_vocabulary=is_published(tokenizer))
+        out.write_summary(
+            status="done",
+            stage=cfg.stage,
+            scale=cfg.scale,
+            demo=cfg.demo,
+            entries=len(tokenizer),
+            published_vocabulary=is_published(tokenizer),
+        )
         which = "the published vocabulary" if is_published(tokenizer) else "not the published vocabulary"
         runtime.say(f"{out.final}: {len(tokenizer):,} entries, {which}")

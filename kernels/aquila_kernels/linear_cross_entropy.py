@@ -1,35 +1,39 @@
 """Cross entropy of a language-model head, without ever holding the [tokens, vocabulary] logits.
 
 With N tokens, hidden size H and vocabulary V the logits are by far the largest tensor of a small model's step
-(N=2048, V=151851: 1.2 GB in fp32, and the plain loss keeps several of that size). Here they exist one
-vocabulary chunk at a time, in a scratch buffer that every chunk reuses:
+(N=2048, V=151851: 1.2 GB in fp32, and the plain loss keeps several of that size). Here at most the logits of
+n tokens exist, n chosen to fit a budget of memory, and the gradients are formed while they do:
 
-    forward    for each chunk c:  z = x @ W_c.T;  running max m and sum s of exp(z - m);  z[target] if in c
-               lse = m + log s,  loss = sum(lse - z[target]);  of all this only lse is kept for backward
-    backward   for each chunk c:  z = x @ W_c.T again;  g = (exp(z - lse) - onehot) * upstream
-               dx += g @ W_c (in fp32),  dW_c = g.T @ x (over all tokens at once, so it is rounded once)
+    for each n tokens x:
+        for each tile c of the vocabulary:  z_c = W_c @ x.T;  running max m and sum s of exp(z - m)
+        lse = m + log s;  loss += sum(lse - z[target])
+        for each tile c of the vocabulary:  g = (exp(z_c - lse) - onehot) / divisor, written over z_c
+                                            dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
 
-That is four matrix products where the plain loss has three, and the fourth costs less than the passes over
-full-size logits that it saves: see kernels/bench/results/cpu_linear_cross_entropy.csv. Forming the gradients
-already in forward would need only three, and a CPU prototype of it was about a tenth faster. But it holds a
-[V, H] gradient from forward to backward and copies it there to apply the upstream scale, adds up dW over
-token chunks (in bf16: more roundings, or an fp32 copy), and does all the work even if no backward follows.
+Forward keeps dhidden and dweight, and backward multiplies them by the upstream gradient into new tensors. So
+a loss computed with gradients enabled costs its backward at once: evaluate under torch.no_grad, which needs
+one tile of logits at a time and nothing else.
+
+The other way is to keep only lse and compute the logits again in backward. That is less memory (no gradient
+is held), but four matrix products instead of three: a CPU version of it took 1.0x the time of the plain loss
+at the shape above. This takes less: kernels/bench/results/cpu_linear_cross_entropy.csv.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Shapes (this file): N tokens, H hidden size, V vocabulary, C one vocabulary chunk
+# Shapes (this file): N tokens, n of them whose logits exist at once, H hidden size, V vocabulary, C one tile
 
-# CPU: 8 to 128 MiB took the same time (N=2048, H=576, fp32 and bf16). Elsewhere a guess: a chunk costs some
-# twenty kernel launches, so fewer and larger ones.
-_DEFAULT_BUDGET_BYTES = {"cpu": 64 * 2**20}
-_DEFAULT_BUDGET_BYTES_OTHER = 512 * 2**20
+# Logits of n tokens. Measured on CPU: 150 to 600 MiB differ by less than the noise (N=2048, V=151851).
+# Elsewhere a guess: each tile costs some twenty kernel launches, so fewer and larger ones.
+_BUDGET_BYTES_CPU, _BUDGET_BYTES_OTHER = 256 * 2**20, 2**30
+# One fp32 tile, the working set of the element-wise steps. Measured on CPU: 4 to 32 MiB within 7% on a quiet
+# machine; where other processes compete for the cores, many short parallel steps lose more than a few long.
+_TILE_BYTES_CPU, _TILE_BYTES_OTHER = 32 * 2**20, 128 * 2**20
 
 
 def linear_cross_entropy(
@@ -50,11 +54,12 @@ def linear_cross_entropy(
     and ranks), else the number of targets for reduction="mean" and 1 for "sum".
     Without any target, "sum" is 0 and "mean" is 0/0 = nan, as in F.cross_entropy; gradients are 0 in both.
 
-    compute_dtype is what the matrix products run in, weight being cast one vocabulary chunk at a time; by
-    default autocast's dtype where autocast is on, else hidden.dtype. Softmax, loss and dhidden sum in fp32.
-    memory_budget_bytes bounds the scratch for logits (default 64 MiB on CPU, 512 MiB elsewhere). Besides it,
-    backward holds hidden in compute_dtype, dhidden in fp32 and dweight; a frozen hidden or weight costs no
-    gradient. No input is written to, and backward may run again (retain_graph).
+    compute_dtype is what the matrix products run in, weight being cast one vocabulary tile at a time; by
+    default autocast's dtype where autocast is on, else hidden.dtype. Softmax and loss are computed in fp32.
+    memory_budget_bytes bounds the memory for logits, down to those of one token (default 256 MiB on CPU,
+    1 GiB elsewhere). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight,
+    summed in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory.
+    No input is written to, and backward may run again (retain_graph).
 
     On CPU only rows that have a target are computed, and a target outside [0, V) raises ValueError. Elsewhere
     nothing waits for the device: all rows are computed, and a target outside [0, V) makes the loss nan.
@@ -67,14 +72,16 @@ def linear_cross_entropy(
         num_items = is_target.sum() if reduction == "mean" else 1
     elif isinstance(num_items, Tensor):
         num_items = num_items.reshape(())
+    needs_grads = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
 
     if hidden.device.type == "cpu":
         rows = is_target.nonzero().squeeze(1)
         if len(rows) < len(target):
             # Differentiable: rows without a target get their zero gradient from index_select's own backward.
             hidden, target, is_target = (t.index_select(0, rows) for t in (hidden, target, is_target))
-    loss_sum = _TorchLossSum.apply(hidden, weight, target, is_target, compute_dtype, memory_budget_bytes)
-    return loss_sum / num_items
+    return _TorchLoss.apply(
+        hidden, weight, target, is_target, num_items, needs_grads, compute_dtype, memory_budget_bytes
+    )
 
 
 @torch.no_grad()
@@ -94,12 +101,11 @@ def linear_log_probs(
     is_target = _check_inputs(hidden, weight, target, ignore_index)
     compute_dtype = _pick_compute_dtype(hidden, compute_dtype)
     if hidden.device.type != "cpu":
-        lse, target_logit = _torch_forward(hidden, weight, target, compute_dtype, memory_budget_bytes)
+        lse, target_logit = _softmax_stats(hidden.to(compute_dtype), weight, target, memory_budget_bytes)
         return torch.where(is_target, target_logit - lse, 0)
     rows = is_target.nonzero().squeeze(1)
-    lse, target_logit = _torch_forward(
-        hidden.index_select(0, rows), weight, target.index_select(0, rows), compute_dtype, memory_budget_bytes
-    )
+    hidden, target_of_rows = hidden.index_select(0, rows).to(compute_dtype), target.index_select(0, rows)
+    lse, target_logit = _softmax_stats(hidden, weight, target_of_rows, memory_budget_bytes)
     return lse.new_zeros(len(target)).index_copy_(0, rows, target_logit - lse)
 
 
@@ -107,8 +113,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: 
     """Raise ValueError for what cannot be meant; return the mask of tokens that have a target."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
         raise ValueError(
-            f"expected hidden [N, H] and weight [V, H] with V > 0, got {tuple(hidden.shape)} "
-            f"and {tuple(weight.shape)}."
+            f"expected hidden [N, H] and weight [V, H] with V > 0, got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
@@ -121,8 +126,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: 
         if is_wrong.any():
             i = int(is_wrong.nonzero()[0])
             raise ValueError(
-                f"target[{i}]={int(target[i])} is neither in [0, {len(weight)}) "
-                f"nor ignore_index={ignore_index}."
+                f"target[{i}]={int(target[i])} is neither in [0, {len(weight)}) nor ignore_index={ignore_index}."
             )
     return is_target
 
@@ -142,98 +146,126 @@ def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> to
 # ---- torch path: any device ----
 
 
-class _TorchLossSum(torch.autograd.Function):
-    """Sum of -log_probs over rows with is_target. The divisor is part of the upstream gradient."""
+class _TorchLoss(torch.autograd.Function):
+    """Sum of -log_probs over rows with is_target, divided by num_items."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_N, is_target_N, compute_dtype, budget_bytes):
-        lse_N, target_logit_N = _torch_forward(hidden_NH, weight_VH, target_N, compute_dtype, budget_bytes)
-        ctx.save_for_backward(hidden_NH, weight_VH, target_N, is_target_N, lse_N)
-        ctx.compute_dtype, ctx.budget_bytes = compute_dtype, budget_bytes
-        return torch.where(is_target_N, lse_N - target_logit_N, 0).sum()
+    def forward(ctx, hidden_NH, weight_VH, target_N, is_target_N, num_items, needs_grads, compute_dtype, budget_bytes):
+        x_NH = hidden_NH.to(compute_dtype)
+        divisor = torch.zeros((), dtype=_stats_dtype(x_NH), device=x_NH.device) + num_items
+        if any(needs_grads):
+            # where, not a product: without any target the divisor is 0, and 0 * inf would be nan.
+            scale_N = torch.where(is_target_N, 1 / divisor, 0)
+            lse_N, target_logit_N, dhidden_NH, dweight_VH = _softmax_stats_and_grads(
+                x_NH, weight_VH, target_N, scale_N, needs_grads, budget_bytes
+            )
+            ctx.save_for_backward(dhidden_NH, dweight_VH)
+            ctx.hidden_dtype = hidden_NH.dtype
+        else:
+            lse_N, target_logit_N = _softmax_stats(x_NH, weight_VH, target_N, budget_bytes)
+        return torch.where(is_target_N, lse_N - target_logit_N, 0).sum() / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden_NH, weight_VH, target_N, is_target_N, lse_N = ctx.saved_tensors
-        needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
-        dhidden_NH = torch.zeros_like(hidden_NH, dtype=lse_N.dtype) if needs_dhidden else None
-        dweight_VH = torch.empty_like(weight_VH) if needs_dweight else None
-        # where, not a product: without any target the divisor is 0, grad is inf, and inf * 0 would be nan.
-        scale_N1 = torch.where(is_target_N, grad, 0)[:, None]
-
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            x_NH = hidden_NH.to(ctx.compute_dtype)
-            for chunk in _logit_chunks(x_NH, weight_VH, target_N, ctx.budget_bytes):
-                softmax_NC = chunk.logits_NC.sub_(lse_N[:, None]).exp_()
-                # In fp32, before rounding: near p = 1 the difference p - 1 would be lost in bf16.
-                softmax_NC[chunk.target_index] -= chunk.has_target_N.to(lse_N.dtype)
-                dlogits_NC = chunk.product_NC.copy_(softmax_NC.mul_(scale_N1))
-                if needs_dhidden and x_NH.dtype == dhidden_NH.dtype:
-                    dhidden_NH.addmm_(dlogits_NC, chunk.weight_CH)
-                elif needs_dhidden:
-                    dhidden_NH += dlogits_NC @ chunk.weight_CH
-                if needs_dweight:
-                    dweight_VH[chunk.columns] = dlogits_NC.T @ x_NH
-        if needs_dhidden:
-            dhidden_NH = dhidden_NH.to(hidden_NH.dtype)
-        return dhidden_NH, dweight_VH, None, None, None, None
+        dhidden_NH, dweight_VH = ctx.saved_tensors
+        dhidden_NH = None if dhidden_NH is None else (dhidden_NH * grad).to(ctx.hidden_dtype)
+        dweight_VH = None if dweight_VH is None else dweight_VH * grad
+        return dhidden_NH, dweight_VH, None, None, None, None, None, None
 
 
-def _torch_forward(hidden_NH, weight_VH, target_N, compute_dtype, budget_bytes) -> tuple[Tensor, Tensor]:
-    """Each row's log-sum-exp and target logit (nan where target is not in [0, V)), both fp32 (N,)."""
-    stats_dtype = torch.promote_types(compute_dtype, torch.float32)
-    max_N = hidden_NH.new_full(target_N.shape, -math.inf, dtype=stats_dtype)
-    sum_exp_N = torch.zeros_like(max_N)
-    target_logit_N = torch.full_like(max_N, math.nan)
-    with torch.autocast(hidden_NH.device.type, enabled=False):
-        for chunk in _logit_chunks(hidden_NH.to(compute_dtype), weight_VH, target_N, budget_bytes):
-            logits_NC = chunk.logits_NC
-            target_logit_N = torch.where(chunk.has_target_N, logits_NC[chunk.target_index], target_logit_N)
-            new_max_N = torch.maximum(max_N, logits_NC.amax(1))
-            sum_exp_N *= (max_N - new_max_N).exp_()
-            sum_exp_N += logits_NC.sub_(new_max_N[:, None]).exp_().sum(1)
-            max_N = new_max_N
-    return max_N + sum_exp_N.log(), target_logit_N
+def _softmax_stats(x_nH, weight_VH, target_n, budget_bytes, logits_Vn=None) -> tuple[Tensor, Tensor]:
+    """Each row's log-sum-exp and target logit (nan where target is not in [0, V)), both fp32 (n,).
+
+    The products run in x's dtype. The logits are left in logits_Vn if that is given.
+    """
+    max_n = x_nH.new_full(target_n.shape, -math.inf, dtype=_stats_dtype(x_nH))
+    sum_exp_n = torch.zeros_like(max_n)
+    target_logit_n = torch.full_like(max_n, math.nan)
+    with torch.autocast(x_nH.device.type, enabled=False):
+        for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
+            weight_CH = weight_VH[columns].to(x_nH.dtype)
+            out = None if logits_Vn is None else logits_Vn[columns]
+            logits_Cn = torch.mm(weight_CH, x_nH.T, out=out)
+            has_target_n, target_index = _locate(target_n, columns)
+            target_logit_n = torch.where(has_target_n, logits_Cn[target_index], target_logit_n)
+            new_max_n = torch.maximum(max_n, logits_Cn.amax(0))
+            exp_Cn = logits_Cn.to(max_n.dtype, copy=True).sub_(new_max_n).exp_()
+            sum_exp_n = sum_exp_n * (max_n - new_max_n).exp_() + exp_Cn.sum(0)
+            max_n = new_max_n
+    return max_n + sum_exp_n.log(), target_logit_n
 
 
-class _Chunk(NamedTuple):
-    """One chunk of the vocabulary. The NC tensors are scratch: overwrite them freely, the next chunk will."""
-
-    columns: slice
-    weight_CH: Tensor  # in the dtype of the products
-    product_NC: Tensor  # logits in that dtype
-    logits_NC: Tensor  # logits in at least fp32; the same tensor as product_NC where dtypes agree
-    has_target_N: Tensor
-    target_index: tuple[Tensor, Tensor]  # (row, column) of the target; any column where not has_target_N
-
-
-def _logit_chunks(x_NH, weight_VH, target_N, budget_bytes) -> Iterator[_Chunk]:
-    """Compute x @ weight.T in x's dtype, chunk by chunk. Both passes see the same chunks: the same logits."""
-    num_rows, vocab_size = len(x_NH), len(weight_VH)
-    stats_dtype = torch.promote_types(x_NH.dtype, torch.float32)
-    needs_copy = x_NH.dtype != stats_dtype
+def _softmax_stats_and_grads(x_NH, weight_VH, target_N, scale_N, needs_grads, budget_bytes):
+    """_softmax_stats, and gradients of sum(scale * (lse - target_logit)): dhidden fp32, dweight as weight."""
+    num_rows, vocab_size, stats_dtype = len(x_NH), len(weight_VH), scale_N.dtype
+    needs_dhidden, needs_dweight = needs_grads
+    dhidden_NH = torch.zeros_like(x_NH, dtype=stats_dtype) if needs_dhidden else None
+    dweight_VH = torch.zeros_like(weight_VH, dtype=stats_dtype) if needs_dweight else None
     if budget_bytes is None:
-        budget_bytes = _DEFAULT_BUDGET_BYTES.get(x_NH.device.type, _DEFAULT_BUDGET_BYTES_OTHER)
-    bytes_per_logit = stats_dtype.itemsize + (x_NH.dtype.itemsize if needs_copy else 0)
-    # At most half of the vocabulary, however small the problem: the full logits never exist.
-    width = min(budget_bytes // (bytes_per_logit * max(num_rows, 1)), (vocab_size + 1) // 2)
-    width = max(width // 64 * 64, min(width, 64), 1)
+        budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
+    # At most half of the tokens at once, however few they are: the full logits never exist.
+    max_rows = max(min(budget_bytes // (vocab_size * x_NH.dtype.itemsize), (num_rows + 1) // 2), 1)
+    num_chunks = max(-(-num_rows // max_rows), 1)
+    rows_per_chunk = max(-(-num_rows // num_chunks), 1)
+    scratch = x_NH.new_empty(vocab_size * rows_per_chunk)
 
-    product = x_NH.new_empty(num_rows * width)
-    logits = x_NH.new_empty(num_rows * width, dtype=stats_dtype) if needs_copy else None
-    row_N = torch.arange(num_rows, device=x_NH.device)
+    stats = []
+    for start in range(0, max(num_rows, 1), rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        x_nH, target_n, scale_n = x_NH[rows], target_N[rows], scale_N[rows]
+        logits_Vn = scratch[: vocab_size * len(x_nH)].view(vocab_size, len(x_nH))
+        lse_n, target_logit_n = _softmax_stats(x_nH, weight_VH, target_n, budget_bytes, logits_Vn)
+        stats.append((lse_n, target_logit_n))
+        with torch.autocast(x_NH.device.type, enabled=False):
+            for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
+                dlogits_Cn = _dlogits_over(logits_Vn[columns], lse_n, scale_n, *_locate(target_n, columns))
+                if needs_dhidden:
+                    _add_product(dhidden_NH[rows], dlogits_Cn.T, weight_VH[columns].to(x_NH.dtype))
+                if needs_dweight:
+                    _add_product(dweight_VH[columns], dlogits_Cn, x_nH)
+    del scratch, logits_Vn, dlogits_Cn  # one memory, to be free before dweight is copied to its dtype
+    lse_N, target_logit_N = (torch.cat(s) for s in zip(*stats, strict=True))
+    return lse_N, target_logit_N, dhidden_NH, dweight_VH.to(weight_VH.dtype) if needs_dweight else None
+
+
+def _dlogits_over(logits_Cn, lse_n, scale_n, has_target_n, target_index) -> Tensor:
+    """(softmax - onehot) * scale, written over the logits, formed in fp32: bf16 loses p - 1 near p = 1."""
+    dlogits_Cn = logits_Cn.to(lse_n.dtype).sub_(lse_n).exp_()
+    dlogits_Cn[target_index] -= has_target_n.to(lse_n.dtype)
+    return logits_Cn.copy_(dlogits_Cn.mul_(scale_n))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; a bf16 product is summed inside in fp32, rounded once, and added to an fp32 total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _locate(target_n: Tensor, columns: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Whether each target is among the columns, and where in the tile [C, n] (anywhere, if it is not).
+
+    So every tile takes the same steps, and nothing asks the device how many targets it has.
+    """
+    offset_n = target_n - columns.start
+    has_target_n = (offset_n >= 0) & (target_n < columns.stop)
+    row_n = torch.arange(len(target_n), device=target_n.device)
+    return has_target_n, (offset_n.clamp(0, columns.stop - columns.start - 1), row_n)
+
+
+def _vocab_tiles(x_nH: Tensor, weight_VH: Tensor, budget_bytes: int | None) -> Iterator[slice]:
+    """Column ranges whose fp32 logits for these rows make one tile; never the whole vocabulary."""
+    vocab_size = len(weight_VH)
+    tile_bytes = _TILE_BYTES_CPU if x_nH.device.type == "cpu" else _TILE_BYTES_OTHER
+    if budget_bytes is not None:
+        tile_bytes = min(tile_bytes, budget_bytes)
+    width = min(tile_bytes // (_stats_dtype(x_nH).itemsize * max(len(x_nH), 1)), (vocab_size + 1) // 2)
+    width = max(width // 64 * 64, min(width, 64), 1)
     for start in range(0, vocab_size, width):
-        columns = slice(start, min(start + width, vocab_size))
-        num_columns = columns.stop - columns.start
-        weight_CH = weight_VH[columns].to(x_NH.dtype)
-        # Scratch viewed as contiguous [N, C] for the last, narrower chunk too.
-        product_NC = product[: num_rows * num_columns].view(num_rows, num_columns)
-        torch.mm(x_NH, weight_CH.T, out=product_NC)
-        logits_NC = product_NC
-        if needs_copy:
-            logits_NC = logits[: num_rows * num_columns].view(num_rows, num_columns).copy_(product_NC)
-        column_N = target_N - start
-        has_target_N = (column_N >= 0) & (column_N < num_columns)
-        target_index = (row_N, column_N.clamp(0, num_columns - 1))
-        yield _Chunk(columns, weight_CH, product_NC, logits_NC, has_target_N, target_index)
+        yield slice(start, min(start + width, vocab_size))
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

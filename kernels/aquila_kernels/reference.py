@@ -11,9 +11,7 @@ from torch import Tensor
 # Shapes (this file): N tokens, H hidden size, V vocabulary
 
 
-def linear_log_probs(
-    hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, *, ignore_index: int = -100
-) -> Tensor:
+def linear_log_probs(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, *, ignore_index: int = -100) -> Tensor:
     """log softmax(hidden @ weight.T)[target] for each token, shape (N,); 0 where target is ignore_index."""
     logits_NV = hidden_NH @ weight_VH.T
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

@@ -109,16 +109,12 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--vocab", type=int, default=151851)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--supervised-frac", nargs="+", type=float, default=[1.0, 0.5], help="rows with a target"
-    )
+    parser.add_argument("--supervised-frac", nargs="+", type=float, default=[1.0, 0.5], help="rows with a target")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="cpu_linear_cross_entropy", help="of the CSV file in results/")
@@ -149,9 +145,7 @@ def main() -> None:
 
     print("{cpu}, {threads} threads, torch {torch}, python {python}".format(**machine))
     print("tokens {}, hidden {}, vocab {}; {} repeats\n".format(*shape, args.repeats))
-    print(
-        "| dtype | supervised | provider | seconds | time / plain | CPU time / plain | extra MiB | / plain |"
-    )
+    print("| dtype | supervised | provider | seconds | time / plain | CPU time / plain | extra MiB | / plain |")
     print("|---|---|---|---|---|---|---|---|")  # times: median (min-max)
     for r in rows:
         print(

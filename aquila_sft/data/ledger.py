@@ -1,0 +1,59 @@
+"""What was read, kept, shortened and left out of a set of conversations, by language, source and reason."""
+
+import collections
+
+from aquila_sft.data.conversations import Conversation
+
+
+class Ledger:
+    """What was read, kept, shortened and left out, by language, source and reason."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.languages: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.sources: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.left_out: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.examples: dict[str, list[str]] = collections.defaultdict(list)
+
+    def refuse(self, reason: str, language: str, source: str, where: str) -> None:
+        self.left_out[reason][language] += 1
+        self.languages[language]["left_out"] += 1
+        self.sources[source]["left_out"] += 1
+        if len(self.examples[reason]) < 3:
+            self.examples[reason].append(where)
+
+    def keep(self, conversation: Conversation, tokens: int, answer_tokens: int, held_back: bool) -> None:
+        for counter in (self.languages[conversation.language], self.sources[conversation.source]):
+            counter["held_back" if held_back else "kept"] += 1
+            counter["tokens"] += tokens
+            counter["answer_tokens"] += answer_tokens
+
+    def shorten(self, conversation: Conversation, exchanges: int, answer_tokens: int) -> None:
+        for counter in (self.languages[conversation.language], self.sources[conversation.source]):
+            counter["shortened"] += 1
+            counter["leading_exchanges_cut"] += exchanges
+            counter["answer_tokens_cut"] += answer_tokens
+
+    def total(self, key: str) -> int:
+        return sum(counter[key] for counter in self.languages.values())
+
+    def as_dict(self) -> dict:
+        def sorted_counts(table: dict) -> dict:
+            return {name: dict(sorted(counts.items())) for name, counts in sorted(table.items())}
+
+        keys = ("kept", "held_back", "left_out", "shortened", "tokens", "answer_tokens", "answer_tokens_cut")
+        reasons = {
+            reason: {
+                "records": sum(counts.values()),
+                "by_language": dict(sorted(counts.items())),
+                "first": self.examples[reason],
+            }
+            for reason, counts in sorted(self.left_out.items(), key=lambda item: -sum(item[1].values()))
+        }
+        return {
+            "read": self.read,
+            **{key: self.total(key) for key in keys},
+            "reasons": reasons,
+            "by_language": sorted_counts(self.languages),
+            "by_source": sorted_counts(self.sources),
+        }
