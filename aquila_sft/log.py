@@ -10,11 +10,15 @@ from aquila_sft import runtime
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a logged step, in order; a run that goes on continues where its checkpoint was."""
+    """metrics.jsonl: one object a logged step, in order; a run that goes on continues where its checkpoint was.
 
-    def __init__(self, path: Path, *, from_step: int) -> None:
+    What was logged after that checkpoint is dropped, to be logged again: steps after `from_step`, and the evaluation
+    that follows the last step.
+    """
+
+    def __init__(self, path: Path, *, from_step: int, last_step: int) -> None:
         self.path = path
-        kept = [m for m in self.read() if m["step"] <= from_step]
+        kept = [m for m in self.read() if m["step"] <= from_step and (m["step"] < last_step or "loss" in m)]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic()
         if runtime.is_main():

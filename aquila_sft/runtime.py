@@ -53,11 +53,9 @@ def die_with_parent() -> None:
     """On Linux: SIGTERM for this process when its launcher dies, so that a worker never trains on as an orphan."""
     if not sys.platform.startswith("linux"):
         return
-    pr_set_pdeathsig = 1
+    pr_set_pdeathsig, parent = 1, os.getppid()
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() == 1 and os.environ.get("AQUILA_LAUNCHER_IS_INIT") != "1":
-        # The launcher died before the line above. In a container it may really be process 1: then say so in the
-        # environment, there is nobody left to inherit the worker anyway.
+    if os.getppid() != parent:  # it died between the two lines
         raise Stopped("the launcher of this worker is gone")
 
 

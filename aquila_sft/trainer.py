@@ -12,6 +12,7 @@ rows (RowOrder, PackedRows). So the order is a pure function of the seed, going 
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -68,7 +70,7 @@ def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTCon
     return SFTConfig(
         output_dir=str(folder),
         seed=cfg.seed,
-        report_to=cfg.report_to or "none",
+        report_to=trackers(cfg.report_to, folder.parent) or "none",
         per_device_train_batch_size=plan.micro_rows,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=plan.steps,
@@ -98,6 +100,19 @@ def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTCon
         eval_strategy="no",
         disable_tqdm=True,
     )
+
+
+def trackers(names: list[str], folder: Path) -> list[str]:
+    """The trackers asked for; raises UserError for one that is unknown or not installed."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in installed:
+            raise UserError(
+                f"report_to: {name} is not installed or not known to transformers; "
+                f"installed: {', '.join(installed) or 'none'} (metrics.jsonl is always written)"
+            )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    return names
 
 
 class SftTrainer(SFTTrainer):

@@ -50,7 +50,7 @@ def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
         plan=Plan(cfg, len(rows), choices.device),
         choices=choices,
         folder=folder,
-        metrics=MetricsFile(folder / "metrics.jsonl", from_step=-1),
+        metrics=MetricsFile(folder / "metrics.jsonl", from_step=-1, last_step=1),
         stop=runtime.StopSignal(),
         evaluation=lambda net: {},
     )

@@ -15,11 +15,12 @@ import gradients_worker
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import tiny_conversations, tiny_model, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aquila_sft import chat_template
 from aquila_sft.data import sft_set
+from aquila_sft.tokenizer import SPECIALS
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -141,6 +142,25 @@ def test_a_finished_run_is_reused_and_another_configuration_refused(unbroken, wo
     assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.001 there, 0.1 now" in other.stderr
     assert (folder / "final/model.safetensors").stat().st_mtime_ns == before
     assert summary(folder)["status"] == "done"
+
+
+def test_trackers_write_into_the_run_and_unknown_ones_are_named(world, tmp_path):
+    done = run(
+        words(
+            world,
+            tmp_path / "run",
+            "report_to=[tensorboard]",
+            "train.max_steps=2",
+            "train.eval_steps=1",
+            "train.activation_checkpointing=true",
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+    assert [m["step"] for m in metrics(tmp_path / "run") if "eval_loss_en" in m] == [0, 1, 2]
+    refused = run(words(world, tmp_path / "run2", "report_to=[wndb]"))
+    assert refused.returncode == 2 and "report_to: wndb" in refused.stderr
+    assert summary(tmp_path / "run2")["status"] == "failed"
 
 
 def test_changed_data_are_another_configuration(unbroken, world, tmp_path):
@@ -427,6 +447,34 @@ def test_without_network_the_real_thing_stops_within_ten_seconds_with_three_ways
     assert done.returncode == 2 and len(done.stderr.strip().split("\n")) == 1
     for way in ("BAAI/Infinity-Instruct", "hf auth login", "data.files=", "scale=mini"):
         assert way in done.stderr
+
+
+def test_a_checkpoint_as_baai_publishes_it_is_a_base(world, tmp_path):
+    """bf16, a redundant head, ids of the class defaults, tiktoken ranks and a tokenizer class that is remote code."""
+    base = tmp_path / "base"
+    tokenizer = tiny_tokenizer(tmp_path / "tok")
+    ranks = tiny_ranks(tokenizer)
+    tiny_model(base, tokenizer, vocab_size=len(ranks) + len(SPECIALS))
+    weights = {k: v.bfloat16() for k, v in load_file(base / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "transformers_version": "4.44.2"}
+    (base / "config.json").write_text(json.dumps(config))
+    for file in (*base.glob("tokenizer*"), *base.glob("*.jinja"), *base.glob("special*")):
+        file.unlink()
+    write_ranks(base / "qwen.tiktoken", ranks)
+    (base / "tokenization_qwen.py").write_text("raise SystemExit('remote code was executed')")
+    auto = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer", "auto_map": auto}))
+    done = run(words(world, tmp_path / "run", f"model.path={base}", "train.max_steps=2"))
+    assert done.returncode == 0, done.stderr
+    final = AutoTokenizer.from_pretrained(tmp_path / "run/final")
+    config = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (final.bos_token_id, final.eos_token_id)
+    assert final.convert_ids_to_tokens(config["eos_token_id"]) == "<|extra_204|>"
+    assert "lm_head.weight" not in load_file(tmp_path / "run/final/model.safetensors")
+    assert not list((tmp_path / "run/final").glob("*.py"))
 
 
 def test_a_base_without_chat_tokens_is_told_what_to_do_and_then_works(world, tmp_path):

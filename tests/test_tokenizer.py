@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from tiny import SENTENCES, tiny_tokenizer
+from tiny import SENTENCES, tiny_ranks, tiny_tokenizer, write_ranks
 
 from aquila_sft import tokenizer as tokenizer_module
 from aquila_sft.tokenizer import (
@@ -42,11 +42,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[bytes]:
-    """A small BPE's entries in rank order: that of tiny_tokenizer, spelt as bytes."""
-    vocab = tiny_tokenizer(tmp_path_factory.mktemp("tiny")).get_vocab()
-    byte_of = {letter: byte for byte, letter in enumerate(tokenizer_module._byte_letters())}
-    spelt = sorted((i, text) for text, i in vocab.items() if not text.startswith("<|"))
-    return [bytes(byte_of[letter] for letter in text) for _, text in spelt]
+    return tiny_ranks(tiny_tokenizer(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +55,6 @@ def ranks_file(ranks, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def converted(ranks_file, tmp_path_factory):
     return convert_tiktoken(ranks_file, tmp_path_factory.mktemp("converted") / "tokenizer")
-
-
-def write_ranks(path: Path, ranks: list[bytes]) -> None:
-    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
-    path.write_bytes(b"".join(lines))
 
 
 def tiktoken_of(ranks: list[bytes]):

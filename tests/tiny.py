@@ -7,6 +7,7 @@ The tokenizer has the published one's form (NFC, its split regex, byte-level BPE
 ChatML, pad distinct from eos); only its vocabulary, learnt from these sentences, is small.
 """
 
+import base64
 import json
 import random
 from pathlib import Path
@@ -100,6 +101,20 @@ def tiny_tokenizer(folder: Path):
     tokenizer = from_backend(backend, bos=bos, eos=eos, pad=pad, max_length=512)
     save_tokenizer(tokenizer, Path(folder))
     return tokenizer
+
+
+def tiny_ranks(tokenizer) -> list[bytes]:
+    """The entries of tiny_tokenizer in rank order, spelt as bytes: what a tiktoken rank file lists."""
+    from aquila_sft import tokenizer as tokenizers
+
+    byte_of = {letter: byte for byte, letter in enumerate(tokenizers._byte_letters())}
+    spelt = sorted((i, text) for text, i in tokenizer.get_vocab().items() if not text.startswith("<|"))
+    return [bytes(byte_of[letter] for letter in text) for _, text in spelt]
+
+
+def write_ranks(path: Path, ranks: list[bytes]) -> None:
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+    path.write_bytes(b"".join(lines))
 
 
 def tiny_model(folder: Path, tokenizer, **config):

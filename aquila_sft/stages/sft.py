@@ -71,15 +71,15 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 out = run_dir.RunDir(Path(cfg.output_dir))
             if out.is_finished():
                 return closing(cfg, out, "is finished and of the same configuration: reused, nothing done")
+            stack.enter_context(recorded(cfg, out))
             if main:
                 checkpoint.clear_leftovers(out.checkpoints)
             newest = checkpoint.newest(out.checkpoints)
             tokenizer = load_tokenizer(cfg, inputs, out)
             ledger = prepare_rows(cfg, inputs, out, tokenizer)
-        with recorded(cfg, out):
-            for line in choices.reasons:
-                runtime.say(f"  {line}")
-            train(cfg, inputs, out, choices, tokenizer, ledger, newest)
+        for line in choices.reasons:
+            runtime.say(f"  {line}")
+        train(cfg, inputs, out, choices, tokenizer, ledger, newest)
         closing(cfg, out, "done")
 
 
@@ -245,7 +245,7 @@ def train(
         f"epochs; {runtime.world_size()} process(es) x {plan.accumulation} x {plan.micro_rows} rows"
         + (f"; going on from step {done_steps}" if newest else "")
     )
-    metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1)
+    metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1, last_step=plan.steps)
     stop = runtime.StopSignal()
 
     def evaluation(net: torch.nn.Module) -> dict:
