@@ -21,7 +21,6 @@ class Precision(enum.StrEnum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Attention(enum.StrEnum):

@@ -47,26 +47,24 @@ def choose(train: Train) -> Choices:
 
 
 def choose_precision(asked: Precision, device: str) -> tuple[Precision, str]:
-    has_bf16 = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: bool(bf16_instructions()),
-        "mps": lambda: False,
-    }[device]()
-    if asked is Precision.fp16 and device != "cuda":
-        raise UserError(f"train.precision=fp16 needs a CUDA or ROCm GPU, and this device is {device}; use fp32 or auto")
-    if asked is Precision.bf16 and device == "cuda" and not has_bf16:
-        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp16, fp32 or auto")
-    if asked is not Precision.auto:
-        return asked, "asked for"
-    if has_bf16:
-        return Precision.bf16, f"matrix products in bf16 ({bf16_instructions()}), weights and sums in fp32" if (
-            device == "cpu"
-        ) else "matrix products in bf16, weights and sums in fp32"
-    return Precision.fp32, {
-        "cuda": "this GPU has no bf16; train.precision=fp16 is faster and scales the loss",
-        "mps": "autocast is not used on Apple's MPS",
-        "cpu": "this CPU has no bf16 instructions, bf16 would be slower",
-    }[device]
+    """fp16 is not offered: its range needs loss scaling, and a GPU without bf16 is as exact and simpler in fp32."""
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "matrix products in bf16, weights and sums in fp32" if has_bf16 else "this GPU has no bf16"
+    elif device == "cpu":
+        has_bf16 = bool(bf16_instructions())
+        why = (
+            f"matrix products in bf16 ({bf16_instructions()}), weights and sums in fp32"
+            if has_bf16
+            else "this CPU has no bf16 instructions, bf16 would be slower"
+        )
+    else:
+        has_bf16, why = False, "autocast is not used on Apple's MPS"
+    if asked is Precision.auto:
+        return (Precision.bf16 if has_bf16 else Precision.fp32), why
+    if asked is Precision.bf16 and not has_bf16 and device != "cpu":
+        raise UserError(f"train.precision=bf16: {why}; use fp32 or auto")
+    return asked, "asked for"
 
 
 def bf16_instructions() -> str:

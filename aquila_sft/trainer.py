@@ -88,7 +88,6 @@ def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTCon
         max_grad_norm=cfg.optim.max_grad_norm,
         use_cpu=choices.device == "cpu",
         bf16=choices.precision is Precision.bf16,
-        fp16=choices.precision is Precision.fp16,
         activation_checkpointing=cfg.train.activation_checkpointing,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,

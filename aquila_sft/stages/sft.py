@@ -4,7 +4,6 @@ inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> trai
 """
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,41 +12,13 @@ from typing import TYPE_CHECKING
 from aquila_sft import checkpoint, hub, run_dir, runtime
 from aquila_sft.card import model_card
 from aquila_sft.config import SftRun
-from aquila_sft.data import sft_set, sources
+from aquila_sft.data import sft_set
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.errors import Stopped, UserError
+from aquila_sft.inputs import Inputs, find_inputs, load_tokenizer
 
 if TYPE_CHECKING:
     from aquila_sft.device import Choices
-
-THREE_WAYS = (
-    "give data.files=<conversations> and model.path=<folder> (or model.path=random with tokenizer=aquila "
-    "tokenizer.ranks=<file>), or scale=135m for Aquila-135M and Infinity-Instruct from the Hub"
-)
-
-
-@dataclasses.dataclass
-class Inputs:
-    """What a run is made from, as files of this machine."""
-
-    base: Path | None  # None: fresh weights
-    tokenizer: Path | None  # folder, or tiktoken ranks; None: the base's own
-    data: list[Path]
-    origin: dict  # Hub repositories and commits, for the record
-
-    def contents(self) -> dict[str, str]:
-        """Content hashes for the run's identity."""
-
-        def folder(path: Path, *patterns: str) -> str:
-            return run_dir.files_sha256(sorted(f for p in patterns for f in path.glob(p)))
-
-        vocabulary = self.tokenizer or self.base
-        names = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
-        return {
-            "data": run_dir.files_sha256(self.data),
-            "base": folder(self.base, "config.json", "*.safetensors") if self.base else "random",
-            "vocabulary": folder(vocabulary, *names) if vocabulary.is_dir() else run_dir.files_sha256([vocabulary]),
-        }
 
 
 def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
@@ -62,7 +33,8 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
 
             choices = device.choose(cfg.train)
             if main:
-                identity = run_dir.identity_of(cfg, **inputs.contents()) | {
+                contents = inputs.contents()
+                identity = run_dir.identity_of(cfg, **contents) | {
                     "train.precision": choices.precision.value,
                     "train.attention": choices.attention,
                 }
@@ -76,83 +48,16 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 checkpoint.clear_leftovers(out.checkpoints)
             newest = checkpoint.newest(out.checkpoints)
             tokenizer = load_tokenizer(cfg, inputs, out)
-            ledger = prepare_rows(cfg, inputs, out, tokenizer)
+            if main:
+                prepare_rows(cfg, inputs, out, tokenizer, contents["data"])
         for line in choices.reasons:
             runtime.say(f"  {line}")
-        train(cfg, inputs, out, choices, tokenizer, ledger, newest)
+        train(cfg, inputs, out, choices, tokenizer, newest)
         closing(cfg, out, "done")
 
 
-def find_inputs(cfg: SftRun) -> Inputs:
-    """Base, tokenizer and data as local files. Raises UserError with the ways on when one is missing."""
-    if cfg.data.files is None and cfg.data.manifest is None:
-        raise UserError(
-            f"data.files is not set, and scale={cfg.scale} brings no conversations of its own: {THREE_WAYS}"
-        )
-    if cfg.model.path is None:
-        raise UserError(f"model.path is not set, and scale={cfg.scale} brings no base model of its own: {THREE_WAYS}")
-    chosen = cfg.tokenizer.ranks or cfg.tokenizer.path
-    if chosen is None and cfg.model.path == "random":
-        raise UserError(
-            "model.path=random has no tokenizer of its own: add tokenizer.path=<folder>, or tokenizer=aquila "
-            "tokenizer.ranks=<qwen.tiktoken>"
-        )
-    vocabulary = Path(chosen).expanduser() if chosen else None
-    if vocabulary is not None and not vocabulary.exists():
-        raise UserError(
-            f"tokenizer.{'ranks' if cfg.tokenizer.ranks else 'path'}={vocabulary}: no such "
-            f"{'file' if cfg.tokenizer.ranks else 'folder'}"
-        )
-    origin: dict = {}
-    if cfg.data.files is not None:
-        files = sources.find(cfg.data.files)
-    else:
-        fetched = hub.dataset_files(cfg.data.manifest, cfg.data.subset)
-        files = fetched.files
-        origin["data"] = {
-            "repo": fetched.repo,
-            "commit": fetched.revision,
-            "subset": fetched.subset,
-            "licence": fetched.licence,
-        }
-    base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
-    if base is not None:
-        origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
-    return Inputs(base, vocabulary, files, origin)
-
-
-def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
-    """The run's tokenizer, with our chat template and a padding token, chat tokens checked or added."""
-    from aquila_sft import chat_template
-    from aquila_sft import tokenizer as tokenizers
-
-    converted = out.path / "tokenizer"
-    if cfg.tokenizer.ranks:
-        tokenizer = tokenizers.convert_tiktoken(inputs.tokenizer, converted)
-    else:
-        tokenizer = tokenizers.load_tokenizer(inputs.tokenizer or inputs.base, converted_to=converted)
-    template = chat_template.chatml(cfg.tokenizer.system)
-    if tokenizer.chat_template and tokenizer.chat_template != template:
-        runtime.say(f"  the tokenizer's own chat template is replaced: ChatML, system line {cfg.tokenizer.system!r}")
-    tokenizer.chat_template = template
-    if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
-        if cfg.lora:
-            raise UserError(
-                "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
-                "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>"
-            )
-        runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
-    chat_template.turn_end_id(tokenizer)  # raises when they are missing
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        runtime.say(
-            f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id"
-        )
-    return tokenizer
-
-
-def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer) -> dict:
-    """Packed rows under data/ and ledger.json; read again by the processes that come after the first."""
+def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, data_sha256: str) -> None:
+    """Packed rows under data/ and ledger.json, by the main process, for all."""
     from functools import partial
 
     from tqdm import tqdm
@@ -160,13 +65,11 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer) ->
     from aquila_sft.chat_template import encode_batch
     from aquila_sft.tokenizer import tokenizer_sha256
 
-    if not runtime.is_main():
-        return run_dir.read_json(out.path / "ledger.json")
     policy = sft_set.RowPolicy(
         cfg.train.max_length, cfg.data.holdout_fraction, cfg.data.holdout_max, cfg.data.pack_window, cfg.seed
     )
     key = {
-        "data": run_dir.files_sha256(inputs.data),
+        "data": data_sha256,
         "tokenizer": tokenizer_sha256(tokenizer),
         "system": cfg.tokenizer.system,
     }
@@ -186,22 +89,14 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer) ->
             **ledger,
         },
     )
-    lost = ledger["left_out"] + ledger["shortened"]
-    runtime.say(
-        f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
-        + (
-            f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
-            if lost
-            else ""
-        )
-        + f"; {ledger['rows']['train']['rows']:,} rows, {ledger['rows']['train']['filled']:.1%} full"
-    )
-    return ledger
+    rows = ledger["rows"]["train"]
+    told = f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
+    if ledger["left_out"] or ledger["shortened"]:
+        told += f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
+    runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
 
 
-def train(
-    cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", tokenizer, ledger: dict, newest: Path | None
-) -> None:
+def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", tokenizer, newest: Path | None) -> None:
     import torch
     import transformers
 
@@ -215,8 +110,7 @@ def train(
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's, not ours to mend
 
     def autocast():
-        dtype = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(choices.precision)
-        return torch.autocast(choices.device, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(choices.device, torch.bfloat16, enabled=choices.precision is Precision.bf16)
 
     net = (
         models.load(inputs.base, attention=choices.attention)
@@ -287,7 +181,7 @@ def train(
 
     seconds, logged = metrics.seconds(), metrics.read()
     net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no autocast in the merge gate
-    gate = save_final(cfg, out, net, tokenizer, ledger) if runtime.is_main() else {}
+    gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
     if runtime.is_main():
         tokens = trainer.narrator.count_to(plan.steps)
         losses = [m["loss"] for m in logged if "loss" in m]
@@ -327,7 +221,7 @@ def by_language(metrics: dict) -> dict[str, dict[str, float]]:
     return table
 
 
-def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer, ledger: dict) -> dict:
+def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
     """final/, whole or absent; with LoRA the adapter first, then the merged model that passed the gate."""
     import shutil
 
@@ -346,7 +240,7 @@ def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer, ledger: dict) -
     aside = out.path / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
     models.save(net, tokenizer, aside)
-    (aside / "README.md").write_text(model_card(cfg, ledger), encoding="utf-8")
+    (aside / "README.md").write_text(model_card(cfg, run_dir.read_json(out.path / "ledger.json")), encoding="utf-8")
     checkpoint.commit(aside, out.final, recipe=cfg.recipe)
     return gate
 

@@ -1,0 +1,109 @@
+"""What a tuning run is made from, found on this machine or fetched to it: base model, vocabulary, conversations.
+
+settings -> find_inputs -> Inputs (paths, and hashes of their contents) -> load_tokenizer -> a tokenizer for chat
+"""
+
+import dataclasses
+from pathlib import Path
+
+from aquila_sft import hub, run_dir, runtime
+from aquila_sft.config import SftRun
+from aquila_sft.data import sources
+from aquila_sft.errors import UserError
+
+THREE_WAYS = (
+    "give data.files=<conversations> and model.path=<folder> (or model.path=random with tokenizer=aquila "
+    "tokenizer.ranks=<file>), or scale=135m for Aquila-135M and Infinity-Instruct from the Hub"
+)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a run is made from, as files of this machine."""
+
+    base: Path | None  # None: fresh weights
+    tokenizer: Path | None  # folder, or tiktoken ranks; None: the base's own
+    data: list[Path]
+    origin: dict  # Hub repositories and commits, for the record
+
+    def contents(self) -> dict[str, str]:
+        """Content hashes for the run's identity."""
+
+        def folder(path: Path, *patterns: str) -> str:
+            return run_dir.files_sha256(sorted(f for p in patterns for f in path.glob(p)))
+
+        vocabulary = self.tokenizer or self.base
+        names = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
+        return {
+            "data": run_dir.files_sha256(self.data),
+            "base": folder(self.base, "config.json", "*.safetensors") if self.base else "random",
+            "vocabulary": folder(vocabulary, *names) if vocabulary.is_dir() else run_dir.files_sha256([vocabulary]),
+        }
+
+
+def find_inputs(cfg: SftRun) -> Inputs:
+    """Base, tokenizer and data as local files. Raises UserError with the ways on when one is missing."""
+    if cfg.data.files is None and cfg.data.manifest is None:
+        raise UserError(
+            f"data.files is not set, and scale={cfg.scale} brings no conversations of its own: {THREE_WAYS}"
+        )
+    if cfg.model.path is None:
+        raise UserError(f"model.path is not set, and scale={cfg.scale} brings no base model of its own: {THREE_WAYS}")
+    chosen = cfg.tokenizer.ranks or cfg.tokenizer.path
+    if chosen is None and cfg.model.path == "random":
+        raise UserError(
+            "model.path=random has no tokenizer of its own: add tokenizer.path=<folder>, or tokenizer=aquila "
+            "tokenizer.ranks=<qwen.tiktoken>"
+        )
+    vocabulary = Path(chosen).expanduser() if chosen else None
+    if vocabulary is not None and not vocabulary.exists():
+        raise UserError(
+            f"tokenizer.{'ranks' if cfg.tokenizer.ranks else 'path'}={vocabulary}: no such "
+            f"{'file' if cfg.tokenizer.ranks else 'folder'}"
+        )
+    origin: dict = {}
+    if cfg.data.files is not None:
+        files = sources.find(cfg.data.files)
+    else:
+        fetched = hub.dataset_files(cfg.data.manifest, cfg.data.subset)
+        files = fetched.files
+        origin["data"] = {
+            "repo": fetched.repo,
+            "commit": fetched.revision,
+            "subset": fetched.subset,
+            "licence": fetched.licence,
+        }
+    base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
+    if base is not None:
+        origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
+    return Inputs(base, vocabulary, files, origin)
+
+
+def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
+    """The run's tokenizer, with our chat template and a padding token, chat tokens checked or added."""
+    from aquila_sft import chat_template
+    from aquila_sft import tokenizer as tokenizers
+
+    converted = out.path / "tokenizer"
+    if cfg.tokenizer.ranks:
+        tokenizer = tokenizers.convert_tiktoken(inputs.tokenizer, converted)
+    else:
+        tokenizer = tokenizers.load_tokenizer(inputs.tokenizer or inputs.base, converted_to=converted)
+    template = chat_template.chatml(cfg.tokenizer.system)
+    if tokenizer.chat_template and tokenizer.chat_template != template:
+        runtime.say(f"  the tokenizer's own chat template is replaced: ChatML, system line {cfg.tokenizer.system!r}")
+    tokenizer.chat_template = template
+    if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
+        if cfg.lora:
+            raise UserError(
+                "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
+                "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>"
+            )
+        runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
+    chat_template.turn_end_id(tokenizer)  # raises when they are missing
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        runtime.say(
+            f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id"
+        )
+    return tokenizer
