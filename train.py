@@ -63,8 +63,8 @@ def main(words: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"stopped: {stop or 'Ctrl-C'}", file=sys.stderr)
         return STOPPED
     return DONE
 

@@ -7,15 +7,33 @@ folder with a manifest that verifies is whole; anything else is not a checkpoint
     checkpoints/.writing-000500/…  --manifest, fsync, rename-->  checkpoints/step-000500/
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from aquila_sft import runtime
+from aquila_sft.errors import UserError
 
 MANIFEST = "MANIFEST.json"
+
+
+@contextlib.contextmanager
+def room(path: Path) -> Iterator[None]:
+    """A full disk as one line; the libraries that write report it as errors of many kinds."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if "No space left" not in str(error) and shutil.disk_usage(path).free > 2**20:
+            raise
+        raise UserError(
+            f"no space left in {path}; nothing that was saved is lost: make room, and the same command goes on"
+        ) from None
 
 
 def folder(parent: Path, step: int) -> Path:

@@ -24,6 +24,7 @@ FREE_TEXT = (
     "tokenizer.system",
     "data.files",
 )
+INTERNAL = ("stage", "demo", "scale_is_explicit")
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
 USAGE = """\
@@ -70,6 +71,8 @@ def prepare_overrides(words: list[str]) -> list[str]:
             raise UserError(f"{word!r} is not of the form key=value (see python train.py --help)")
         if key != name:
             raise UserError(f"{word!r}: settings are neither added (+) nor removed (~); write {name}=value")
+        if name in INTERNAL or name.split(".")[0] == "hydra":
+            raise UserError(f"{word}: {name} is no setting; recipe= and scale= decide it")
         if name in seen:
             raise UserError(f"{name} is given twice: {name}={seen[name]} and {name}={value}; keep one")
         seen[name] = value
@@ -106,6 +109,8 @@ def refused_override(message: str, words: list[str], keys: list[str]) -> str:
     """One line for an override that Hydra refused: the word at fault, and the nearest valid key."""
     values = dict(w.split("=", 1) for w in words)
     for key, value in values.items():
+        if key.startswith("lora.") and values.get("recipe") == "sft":
+            return f"{key}={value}: recipe=sft has no adapter; did you mean recipe=sft_lora?"
         if key not in GROUPS and key not in keys:
             return f"{key}={value}: this recipe has no setting {key}{nearest(key, keys)}"
     return " ".join(message.split())

@@ -345,6 +345,8 @@ def explain(error: OmegaConfBaseException, schema: type, cfg: DictConfig) -> str
         if found:
             wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
             return f"{key}={found[1]} is not {wanted.get(found[2], found[2])}"
+        if "ListConfig" in what:
+            return f"{key}={OmegaConf.select(cfg, key)} is not a list; write {key}=[…,…]"
         if "None" in what:
             return f"{key} cannot be null"
     return f"{key}: {what}"

@@ -101,7 +101,7 @@ class Wanted:
         return UserError(
             f"cannot get {self.name}: {why}{self.hint}; accept the conditions at {self.page} and run "
             f"`hf auth login` (or set HF_TOKEN); or point at a local copy: {self.local_way}; "
-            "or use scale=mini for a small trial without it"
+            "or use scale=mini with model.path= and data.files= of your own for a small trial"
         )
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,8 +84,8 @@ def load(folder: Path, *, attention: str = "sdpa") -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (ValueError, OSError, RuntimeError, AssertionError, KeyError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path={folder} cannot be loaded: {first}") from None
     faults = {
         kind: sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[f"{kind}_keys"])
@@ -106,8 +107,6 @@ def load(folder: Path, *, attention: str = "sdpa") -> PreTrainedModel:
 
 def check_tied(model: PreTrainedModel, folder: Path) -> None:
     """Input and output embedding are one tensor, and a stored head, if any, says the same."""
-    from safetensors import safe_open
-
     stored = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:

@@ -55,6 +55,14 @@ NOT_IDENTITY = {
 }
 
 
+# What a run makes. Only these are ever moved or deleted; whatever else lies in the directory is the user's.
+MADE = (
+    *("config.yaml", "env.json", "identity.json", "metrics.jsonl", "summary.json", "ledger.json"),
+    *("checkpoints", "final", "adapter", "data", "tokenizer", "tensorboard"),
+)
+PREVIOUS = ".previous"  # an overwritten run waits here until the new one has begun
+
+
 @dataclasses.dataclass
 class RunDir:
     """Paths of one run, and the little state that says how far it is."""
@@ -78,17 +86,44 @@ class RunDir:
     def write_summary(self, **figures: Any) -> None:
         write_json(self.path / "summary.json", figures)
 
+    def begin(self) -> None:
+        """Every check has passed: from now on this directory is this run's, and an overwritten one is gone."""
+        claim = read_json(self.path / "identity.json")
+        write_json(self.path / "identity.json", claim | {"has_begun": True})
+        shutil.rmtree(self.path / PREVIOUS, ignore_errors=True)
+
+    def set_aside(self) -> None:
+        (self.path / PREVIOUS).mkdir()
+        self.move(self.path, self.path / PREVIOUS)
+
+    def restore(self) -> None:
+        """Bring back the run that was to be overwritten by one that never began."""
+        if (self.path / PREVIOUS).is_dir():
+            for name in MADE:
+                if (self.path / PREVIOUS / name).exists():
+                    remove(self.path / name)
+            self.move(self.path / PREVIOUS, self.path)
+            (self.path / PREVIOUS).rmdir()
+
+    @staticmethod
+    def move(source: Path, target: Path) -> None:
+        for name in MADE:
+            if (source / name).exists():
+                os.rename(source / name, target / name)
+
 
 @contextlib.contextmanager
 def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
     """Apply the rule above and hold the directory's lock. Yields the run directory.
 
     For the main process only. Raises UserError for a directory that is another run's, that is no run's, or that
-    another process trains in now.
+    another process trains in now. A run that fails before begin() neither blocks its directory nor costs the run
+    that it was to overwrite.
     """
     run = RunDir(Path(cfg.output_dir))
     make_folder(run.path)
     with locked(run.path):
+        run.restore()  # a start that was killed before it began
         previous = read_json(run.path / "identity.json")
         if previous is None:
             strangers = [p.name for p in run.path.iterdir() if p.name not in (".lock", "summary.json")]
@@ -98,18 +133,32 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
                     "choose another with run_name= or output_dir="
                 )
         elif previous["sha256"] != digest(identity):
-            if not cfg.overwrite:
+            if not previous["has_begun"]:
+                remove(run.path / "tokenizer")
+            elif cfg.overwrite:
+                run.set_aside()
+            else:
                 raise UserError(refusal(run.path, previous["identity"], identity))
-            for child in run.path.iterdir():
-                if child.name != ".lock":
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
         if not run.is_finished():
             (run.path / "config.yaml").write_text(
                 yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
             write_json(run.path / "env.json", environment())
-            write_json(run.path / "identity.json", {"sha256": digest(identity), "identity": identity})
-        yield run
+            has_begun = bool(previous and previous["sha256"] == digest(identity) and previous["has_begun"])
+            claim = {"sha256": digest(identity), "has_begun": has_begun, "identity": identity}
+            write_json(run.path / "identity.json", claim)
+        try:
+            yield run
+        except BaseException:
+            run.restore()
+            raise
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

@@ -111,15 +111,20 @@ def main_process_first() -> Iterator[bool]:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step's end; a second SIGINT ends the process at once."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 end a run in good order: at once, or with `finish_step` at the step's end.
+
+    A second SIGINT does not wait for the step.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.finish_step = False
         self.previous: dict = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self.note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                self.previous[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -127,7 +132,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: finishing the step and writing a checkpoint …\n".encode())
+        name = signal.Signals(number).name
+        if not self.finish_step or (name == "SIGINT" and self.name == "SIGINT"):
+            raise Stopped(f"{name}; the same command goes on from what is saved")
+        self.name = name
+        os.write(2, f"\n{name}: finishing the step and writing a checkpoint …\n".encode())

@@ -66,6 +66,8 @@ def check_loss(model: torch.nn.Module, device: str, autocast: AbstractContextMan
         ours = model(input_ids=ids, targets=targets_of(ids)).loss
     model.train(was_training)
     plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    if not torch.isfinite(plain):
+        raise UserError("the base model's outputs are not finite numbers: its weights are damaged")
     if (ours.float() - plain).abs() > 1e-2 * plain.abs():  # bf16 products round at 2^-8, sums are fp32
         raise UserError(
             f"{type(base_of(model)).__name__} does more to its logits than its output head does: our loss is "

@@ -92,6 +92,7 @@ def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTCon
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         logging_strategy="steps",
+        logging_first_step=True,
         logging_steps=cfg.train.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -200,19 +201,21 @@ class SftTrainer(SFTTrainer):
         self.narrator.check_finite(self._tr_loss, self.state.global_step)
         step = self.state.global_step
         self.aside = self.checkpoints / f".writing-{step:06d}"
-        Trainer._save_checkpoint(self, model, trial)  # not TRL's: that writes a model card first
+        with checkpoint.room(self.checkpoints):
+            Trainer._save_checkpoint(self, model, trial)  # not TRL's: that writes a model card first
+            barrier()
+            if runtime.is_main():
+                self.commit(self.aside / f"checkpoint-{step}", step)
+                self.aside.rmdir()
+                checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
         barrier()
-        if runtime.is_main():
-            written = self.aside / f"checkpoint-{step}"
-            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            save_tokenizer(self.processing_class, written)
-            state_rope_theta(written)
-            checkpoint.commit(
-                written, checkpoint.folder(self.checkpoints, step), step=step, places=step * self.plan.rows_per_step
-            )
-            self.aside.rmdir()
-            checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
-        barrier()
+
+    def commit(self, written: Path, step: int) -> None:
+        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        save_tokenizer(self.processing_class, written)
+        state_rope_theta(written)
+        target = checkpoint.folder(self.checkpoints, step)
+        checkpoint.commit(written, target, step=step, places=step * self.plan.rows_per_step)
 
     def _get_output_dir(self, trial):
         return str(getattr(self, "aside", self.checkpoints))
@@ -256,6 +259,7 @@ class Narrator(TrainerCallback):
         self.bar.step(1)
         every = self.trainer.cfg.train.eval_steps
         control.should_evaluate = bool(every) and state.global_step % every == 0 and state.global_step < state.max_steps
+        control.should_log |= state.global_step == state.max_steps
         if self.asked_to_stop(state.global_step, args.logging_steps):
             control.should_save = control.should_training_stop = True
 

@@ -75,10 +75,14 @@ class Config:
     run_name: str = "a"
 
 
-def open_run(folder, *, finish=False, **changes):
+def open_run(folder, *, begin=True, finish=False, fail=False, **changes):
     cfg = Config(str(folder), **changes)
     with run_dir.opened(cfg, run_dir.identity_of(cfg, data="d1")) as out:
         was_finished = out.is_finished()
+        if fail:
+            raise UserError("a check failed")
+        if begin and not was_finished:
+            out.begin()
         if finish:
             out.final.mkdir(exist_ok=True)
             out.write_summary(status="done")
@@ -95,9 +99,33 @@ def test_the_run_directory_rule(tmp_path):
     with pytest.raises(UserError, match=r"another configuration .*lr: 0.1 there, 0.2 now.*overwrite=true"):
         open_run(folder, lr=0.2)
     assert open_run(folder) is True  # a refusal loses nothing
+    (folder / "notes.txt").write_text("mine")
     assert open_run(folder, lr=0.2, overwrite=True) is False
-    assert not (folder / "final").exists()
-    assert {p.name for p in folder.iterdir()} == {".lock", "config.yaml", "env.json", "identity.json"}
+    names = {p.name for p in folder.iterdir()}
+    assert names == {".lock", "config.yaml", "env.json", "identity.json", "notes.txt"}
+
+
+def test_a_run_that_fails_its_checks_neither_costs_the_old_run_nor_blocks_the_directory(tmp_path):
+    folder = tmp_path / "run"
+    open_run(folder, finish=True)
+    with pytest.raises(UserError, match="a check failed"):
+        open_run(folder, lr=0.2, overwrite=True, fail=True)
+    assert open_run(folder) is True and not (folder / ".previous").exists()
+    fresh = tmp_path / "fresh"
+    with pytest.raises(UserError, match="a check failed"):
+        open_run(fresh, lr=0.3, fail=True)
+    assert open_run(fresh, lr=0.4) is False
+    with pytest.raises(UserError, match="another configuration"):
+        open_run(fresh, lr=0.3)
+
+
+def test_a_start_that_was_killed_before_it_began_gives_the_old_run_back(tmp_path):
+    folder = tmp_path / "run"
+    open_run(folder, finish=True)
+    run_dir.RunDir(folder).set_aside()  # what overwrite=true does first; then the process dies
+    (folder / "config.yaml").write_text("half of the new one")
+    assert open_run(folder) is True
+    assert "half" not in (folder / "config.yaml").read_text()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

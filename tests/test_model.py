@@ -134,6 +134,20 @@ def test_weights_that_do_not_fit_are_an_error_with_counts(base, change, said):
         model.load(base)
 
 
+def test_cut_weights_and_impossible_configurations_are_one_line(base):
+    os.truncate(base / "model.safetensors", 5000)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        model.load(base)
+
+
+def test_a_base_of_nans_is_told_so(base):
+    net = model.load(base)
+    net.model.norm.weight.data.fill_(float("nan"))
+    swap.install_loss(net)
+    with pytest.raises(UserError, match="not finite numbers"):
+        swap.check_loss(net, "cpu", nullcontext())
+
+
 def test_a_folder_that_holds_no_model_says_what_it_holds(tmp_path):
     with pytest.raises(UserError, match="no model: config.json is missing"):
         model.load(tmp_path)

@@ -53,10 +53,11 @@ def test_every_file_kind_gives_the_same_records(tmp_path):
 
 
 def test_a_bad_line_is_a_record_of_its_own_and_ends_nothing(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{broken\n\n[1]\n\xff\xfe\n{"a": 2}')
+    lines = [b'{"a": 1}', b"{broken", b"", b"[1]", b"\xff\xfe", b'{"a": %s}' % (b"9" * 5000), b"[" * 9999, b'{"a": 2}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     found = list(sources.read(tmp_path / "a.jsonl"))
-    assert [r for _, r in found] == [{"a": 1}, None, None, None, {"a": 2}]
-    assert [w.rsplit(":", 1)[1] for w, _ in found] == ["1", "2", "4", "5", "6"]
+    assert [r for _, r in found] == [{"a": 1}, None, None, None, None, None, {"a": 2}]
+    assert [w.rsplit(":", 1)[1] for w, _ in found] == ["1", "2", "4", "5", "6", "7", "8"]
 
 
 @pytest.mark.parametrize(

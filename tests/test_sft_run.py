@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,41 @@ def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_
     done = run(words(world, out))
     assert done.returncode == 0 and "going on from step" in done.stdout
     assert same_weights(unbroken["sft"][0] / "final", out / "final")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_training_ends_in_good_order_too(world, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *words(world, out)]
+    with subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and summary_status(out) != "running":
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3 and "Traceback" not in errors, errors
+    assert summary(out)["status"] == "stopped"
+
+
+def test_a_damaged_final_is_made_again(unbroken, world, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken["sft"][0], out)
+    weights = out / "final/model.safetensors"
+    with open(weights, "r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x01\x02\x03")
+    done = run(words(world, out))
+    assert done.returncode == 0 and "final is damaged" in done.stdout, done.stderr
+    assert same_weights(unbroken["sft"][0] / "final", out / "final")
+
+
+def test_a_set_of_bad_rows_leaves_a_ledger(world, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"conversations": []}\nnot json\n')
+    done = run(words(world, tmp_path / "run", f"data.files={tmp_path / 'bad.jsonl'}"))
+    assert done.returncode == 2 and "no conversation is left" in done.stderr
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert ledger["read"] == ledger["left_out"] == 2 and summary(tmp_path / "run")["status"] == "failed"
+    again = run(words(world, tmp_path / "run", "train.max_steps=1"))
+    assert again.returncode == 0, again.stderr
 
 
 def safe_metrics(folder):

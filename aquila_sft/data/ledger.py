@@ -1,8 +1,10 @@
 """What was read, kept, shortened and left out of a set of conversations, by language, source and reason."""
 
 import collections
+from pathlib import Path
 
 from aquila_sft.data.conversations import Conversation
+from aquila_sft.errors import UserError
 
 
 class Ledger:
@@ -57,3 +59,16 @@ class Ledger:
             "by_language": sorted_counts(self.languages),
             "by_source": sorted_counts(self.sources),
         }
+
+
+class NothingLeft(UserError):
+    """No conversation is left to train on; `ledger` says where they went, the message says it in one line."""
+
+    def __init__(self, ledger: dict, files: list[Path]) -> None:
+        self.ledger = ledger
+        reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in ledger["reasons"].items())
+        why = f"left out for: {reasons}" if reasons else "the files are empty"
+        if ledger["held_back"]:
+            why = f"held back for evaluation: {ledger['held_back']} (data.holdout_fraction)"
+        names = ", ".join(f.name for f in files[:3]) + (" …" if len(files) > 3 else "")
+        super().__init__(f"no conversation is left to train on: {ledger['read']} records read from {names}; {why}")

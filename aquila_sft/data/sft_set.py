@@ -20,8 +20,7 @@ import numpy as np
 
 from aquila_sft.data import conversations, packing, sources
 from aquila_sft.data.conversations import Conversation, Refused
-from aquila_sft.data.ledger import Ledger
-from aquila_sft.errors import UserError
+from aquila_sft.data.ledger import Ledger, NothingLeft
 
 FORMAT = 1  # raise it when a change here changes the rows
 BATCH = 512  # conversations tokenized together
@@ -50,7 +49,7 @@ def prepare(
 ) -> dict:
     """Write train/ and held-back/<language>/ under `folder`, unless they are there under the same key; the ledger.
 
-    encode: list of messages -> (ids, is_target) each. key: JSON, everything the rows depend on. Raises UserError when
+    encode: list of messages -> (ids, is_target) each. key: JSON, everything the rows depend on. Raises NothingLeft when
     nothing is left to train on.
     """
     key = {**key, "format": FORMAT, **dataclasses.asdict(policy)}
@@ -82,18 +81,7 @@ def prepare(
             ledger.keep(conversation, len(ids), sum(is_target), hold)
         report = ledger.as_dict()
         if not ledger.total("kept"):
-            reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in report["reasons"].items())
-            raise UserError(
-                f"no conversation is left to train on: {ledger.read} records read from "
-                f"{', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}; "
-                + (
-                    f"left out for: {reasons}"
-                    if reasons
-                    else "held back all that were kept"
-                    if ledger.total("held_back")
-                    else "the files are empty"
-                )
-            )
+            raise NothingLeft(report, files)
     report["rows"] = {}
     for part in writers:
         lengths = np.diff(np.fromfile(aside / part / "offsets.bin", dtype=np.int64))

@@ -59,7 +59,7 @@ def read_lines(file: Path) -> Iterator[tuple[str, dict | None]]:
 def parsed(line: bytes) -> dict | None:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of 5,000 digits, a thousand brackets
         return None
     return record if isinstance(record, dict) else None
 
@@ -88,6 +88,8 @@ def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
             f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
             "it out of data.files"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: JSON that cannot be read ({error}); leave it out of data.files") from None
     for number, record in enumerate(content if isinstance(content, list) else [content], 1):
         yield f"{file}:{number}", record if isinstance(record, dict) else None
 

@@ -4,6 +4,7 @@ inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> trai
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from aquila_sft import checkpoint, hub, run_dir, runtime
 from aquila_sft.card import model_card
 from aquila_sft.config import SftRun
 from aquila_sft.data import sft_set
+from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.errors import Stopped, UserError
 from aquila_sft.inputs import Inputs, find_inputs, load_tokenizer
@@ -26,6 +28,7 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
     runtime.settle(offline=local)
     runtime.say(f"recipe={cfg.recipe} scale={cfg.scale}{' (demo)' if cfg.demo else ''}: {cfg.output_dir}")
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
@@ -41,7 +44,7 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
                 out = run_dir.RunDir(Path(cfg.output_dir))
-            if out.is_finished():
+            if out.is_finished() and is_whole(out.final):
                 return closing(cfg, out, "is finished and of the same configuration: reused, nothing done")
             stack.enter_context(recorded(cfg, out))
             if main:
@@ -52,7 +55,7 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 prepare_rows(cfg, inputs, out, tokenizer, contents["data"])
         for line in choices.reasons:
             runtime.say(f"  {line}")
-        train(cfg, inputs, out, choices, tokenizer, newest)
+        train(cfg, inputs, out, choices, tokenizer, newest, stop)
         closing(cfg, out, "done")
 
 
@@ -73,22 +76,18 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, da
         "tokenizer": tokenizer_sha256(tokenizer),
         "system": cfg.tokenizer.system,
     }
-    ledger = sft_set.prepare(
-        inputs.data,
-        out.path / "data",
-        partial(encode_batch, tokenizer, default_system=cfg.tokenizer.system),
-        policy,
-        key,
-        progress=partial(tqdm, unit=" conversations", desc="preparing", mininterval=1.0, leave=False),
-    )
-    run_dir.write_json(
-        out.path / "ledger.json",
-        {
-            "files": [{"file": str(f), "bytes": f.stat().st_size} for f in inputs.data],
-            "origin": inputs.origin,
-            **ledger,
-        },
-    )
+    encode = partial(encode_batch, tokenizer, default_system=cfg.tokenizer.system)
+    progress = partial(tqdm, unit=" conversations", desc="preparing", mininterval=1.0, leave=False)
+    about = {
+        "files": [{"file": str(f), "bytes": f.stat().st_size} for f in inputs.data],
+        "origin": inputs.origin,
+    }
+    try:
+        ledger = sft_set.prepare(inputs.data, out.path / "data", encode, policy, key, progress)
+    except NothingLeft as error:
+        run_dir.write_json(out.path / "ledger.json", about | error.ledger)
+        raise
+    run_dir.write_json(out.path / "ledger.json", about | ledger)
     rows = ledger["rows"]["train"]
     told = f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
     if ledger["left_out"] or ledger["shortened"]:
@@ -96,7 +95,26 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, da
     runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
 
 
-def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", tokenizer, newest: Path | None) -> None:
+def is_whole(final: Path) -> bool:
+    """False, after moving it aside, for a finished model whose files are not as they were written."""
+    wrong = checkpoint.problem(final)
+    if wrong and runtime.is_main():
+        aside = final.with_name("damaged-final")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        runtime.say(f"{final} is damaged ({wrong}): moved to {aside}, made again from the last checkpoint")
+    return wrong is None
+
+
+def train(
+    cfg: SftRun,
+    inputs: Inputs,
+    out: run_dir.RunDir,
+    choices: "Choices",
+    tokenizer,
+    newest: Path | None,
+    stop: runtime.StopSignal,
+) -> None:
     import torch
     import transformers
 
@@ -107,6 +125,7 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
     from aquila_sft.trainer import Plan, SftTrainer
 
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
+    transformers.utils.logging.set_verbosity_error()  # model.load says what does not fit, in one line
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's, not ours to mend
 
     def autocast():
@@ -140,7 +159,6 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
         + (f"; going on from step {done_steps}" if newest else "")
     )
     metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1, last_step=plan.steps)
-    stop = runtime.StopSignal()
 
     def evaluation(net: torch.nn.Module) -> dict:
         return evaluate.answers(
@@ -167,21 +185,24 @@ def train(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, choices: "Choices", 
     )
     swap.check_loss(net, choices.device, autocast())
     swap.check_isolation(net, choices.device, autocast())
-    with stop:
-        if newest is None and held_back:
-            trainer.evaluate()
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        if trainer.state.global_step < plan.steps:
-            raise Stopped(
-                f"{stop.name} at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in "
-                f"{out.checkpoints}, the same command goes on from it"
-            )
-        if held_back:
-            trainer.evaluate()
+    if runtime.is_main():
+        out.begin()
+    stop.finish_step = True
+    if newest is None and held_back:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if trainer.state.global_step < plan.steps:
+        raise Stopped(
+            f"{stop.name} at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in "
+            f"{out.checkpoints}, the same command goes on from it"
+        )
+    if held_back:
+        trainer.evaluate()
 
     seconds, logged = metrics.seconds(), metrics.read()
     net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no autocast in the merge gate
-    gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
+    with checkpoint.room(out.path):
+        gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
     if runtime.is_main():
         tokens = trainer.narrator.count_to(plan.steps)
         losses = [m["loss"] for m in logged if "loss" in m]
@@ -223,8 +244,6 @@ def by_language(metrics: dict) -> dict[str, dict[str, float]]:
 
 def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
     """final/, whole or absent; with LoRA the adapter first, then the merged model that passed the gate."""
-    import shutil
-
     from aquila_sft import lora
     from aquila_sft import model as models
 
@@ -256,7 +275,7 @@ def recorded(cfg: SftRun, out: run_dir.RunDir) -> Iterator[None]:
     except BaseException as error:
         if runtime.is_main():
             out.write_summary(
-                status="stopped" if isinstance(error, Stopped) else "failed",
+                status="stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed",
                 **about,
                 reason=str(error) or type(error).__name__,
             )
