@@ -60,6 +60,16 @@ def test_what_was_never_committed_is_no_checkpoint_and_is_cleared(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed: No space left")])
+def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(tmp_path, error):
+    with pytest.raises(UserError, match="no space left in .*; nothing that was saved is lost"):
+        with checkpoint.room(tmp_path):
+            raise error
+    with pytest.raises(RuntimeError, match="shape"):
+        with checkpoint.room(tmp_path):
+            raise RuntimeError("shape mismatch")
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10):
         write(tmp_path, step)
