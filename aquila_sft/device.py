@@ -102,7 +102,8 @@ def micro_batch_rows(train: Train, rows_per_process: int, device: str) -> int:
                 "rows that one process has in a step (train.tokens_per_step / train.max_length / processes)"
             )
         return train.micro_batch_rows
-    # On a CPU more rows only cost memory. On a GPU the activations of Aquila-135M take about 0.6 MB a token in bf16;
+    # On a CPU more rows only cost memory. On a GPU the activations of Aquila-135M should take some 0.6 MB a token in
+    # bf16 (34 x hidden size x layers bytes, an estimate, not measured);
     # 512 tokens per GiB leave a good half of the memory to weights, optimizer and the loss.
     tokens = 1024 if device != "cuda" else 512 * torch.cuda.get_device_properties(0).total_memory // 2**30
     limit = max(1, tokens // train.max_length)

@@ -64,12 +64,13 @@ def normalise(record: dict, default_source: str) -> Conversation:
         raise Refused("two turns of one role in a row")
     if any(not m["content"].strip() for m in messages if m["role"] != "system"):
         raise Refused("empty turn")
+    return Conversation(messages, language("".join(m["content"] for m in messages)), source_of(record, default_source))
+
+
+def source_of(record: dict, default: str) -> str:
+    """Where a record says it comes from; `default` when it does not say."""
     source = record.get("source")
-    return Conversation(
-        messages,
-        language("".join(m["content"] for m in messages)),
-        source if isinstance(source, str) and source else default_source,
-    )
+    return source if isinstance(source, str) and source else default
 
 
 def turns_of(record: dict) -> list:

@@ -102,21 +102,17 @@ def prepare(
 def readable(files: list[Path], ledger: Ledger) -> Iterator[tuple[Conversation, str]]:
     """Conversations and where they stood; what is none goes into the ledger."""
     for file in files:
+        name = f"{file.parent.name}/{file.name}"
         for where, record in sources.read(file):
             ledger.read += 1
             if record is None:
-                ledger.refuse("not a JSON object", "unknown", f"{file.parent.name}/{file.name}", where)
+                ledger.refuse("not a JSON object", "unknown", name, where)
                 continue
             try:
-                yield conversations.normalise(record, default_source=f"{file.parent.name}/{file.name}"), where
+                yield conversations.normalise(record, default_source=name), where
             except Refused as refused:
-                source = record.get("source")
-                ledger.refuse(
-                    refused.args[0],
-                    conversations.language(conversations.any_text(record)),
-                    source if isinstance(source, str) and source else f"{file.parent.name}/{file.name}",
-                    where,
-                )
+                language = conversations.language(conversations.any_text(record))
+                ledger.refuse(refused.args[0], language, conversations.source_of(record, name), where)
 
 
 def tokenized(

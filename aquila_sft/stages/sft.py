@@ -118,8 +118,7 @@ def train(
     import torch
     import transformers
 
-    from aquila_sft import chat_template, device, evaluate, lora, swap
-    from aquila_sft import model as models
+    from aquila_sft import chat_template, device, evaluate, swap
     from aquila_sft.config import Precision
     from aquila_sft.log import MetricsFile
     from aquila_sft.trainer import Plan, SftTrainer
@@ -131,24 +130,7 @@ def train(
     def autocast():
         return torch.autocast(choices.device, torch.bfloat16, enabled=choices.precision is Precision.bf16)
 
-    net = (
-        models.load(inputs.base, attention=choices.attention)
-        if inputs.base
-        else models.build(cfg.model, tokenizer, attention=choices.attention, seed=cfg.seed)
-    )
-    limit = getattr(net.config, "max_position_embeddings", cfg.train.max_length)
-    if cfg.train.max_length > limit:
-        raise UserError(f"train.max_length={cfg.train.max_length} is more than the {limit} positions of the model")
-    models.fit_to_tokenizer(net, tokenizer)
-    parameters = sum(p.numel() for p in net.parameters())
-    if cfg.lora:
-        net = lora.attach(net, cfg.lora, seed=cfg.seed)
-    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    runtime.say(
-        f"  {type(swap.base_of(net)).__name__}, {parameters:,} parameters, {trainable:,} trained; "
-        f"base: {cfg.model.path}"
-    )
-
+    net, parameters, trainable = make_model(cfg, inputs, choices, tokenizer)
     rows = PackedRows(out.path / "data" / "train")
     held_back = {p.name: PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
     plan = Plan(cfg, len(rows), choices.device)
@@ -230,6 +212,31 @@ def train(
             attention=choices.attention,
             origin=inputs.origin,
         )
+
+
+def make_model(cfg: SftRun, inputs: Inputs, choices: "Choices", tokenizer) -> tuple:
+    """(model, its parameters, how many of model and adapter are trained); with LoRA the model wears its adapter."""
+    from aquila_sft import lora, swap
+    from aquila_sft import model as models
+
+    net = (
+        models.load(inputs.base, attention=choices.attention)
+        if inputs.base
+        else models.build(cfg.model, tokenizer, attention=choices.attention, seed=cfg.seed)
+    )
+    limit = getattr(net.config, "max_position_embeddings", cfg.train.max_length)
+    if cfg.train.max_length > limit:
+        raise UserError(f"train.max_length={cfg.train.max_length} is more than the {limit} positions of the model")
+    models.fit_to_tokenizer(net, tokenizer)
+    parameters = sum(p.numel() for p in net.parameters())
+    if cfg.lora:
+        net = lora.attach(net, cfg.lora, seed=cfg.seed)
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    runtime.say(
+        f"  {type(swap.base_of(net)).__name__}, {parameters:,} parameters, {trainable:,} trained; "
+        f"base: {cfg.model.path}"
+    )
+    return net, parameters, trainable
 
 
 def by_language(metrics: dict) -> dict[str, dict[str, float]]:
