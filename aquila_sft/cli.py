@@ -7,11 +7,11 @@ blanks, `=`, brackets and bare Chinese as syntax, a person means text.
 import re
 from pathlib import Path
 
-from aquila_sft.config import nearest
+from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-GROUPS = ("recipe", "scale", "debug", "model", "tokenizer", "data", "optim", "schedule", "lora")
+GROUPS = ("recipe", "scale", "debug", "model", "tokenizer", "bpe", "optim", "schedule", "lora")
 FREE_TEXT = (
     "prompt",
     "prompts",
@@ -23,8 +23,10 @@ FREE_TEXT = (
     "tokenizer.ranks",
     "tokenizer.system",
     "data.files",
+    "data.shards",
 )
 INTERNAL = ("stage", "demo", "scale_is_explicit")
+WEIGHTS = ("data.languages", "data.sources")
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
 USAGE = """\
@@ -78,9 +80,12 @@ def prepare_overrides(words: list[str]) -> list[str]:
         seen[name] = value
         if name in GROUPS and value != "null" and value not in choices(name):
             raise UserError(f"{name}={value} is not one of {', '.join(choices(name))}{nearest(value, choices(name))}")
-        if name == "data.files" and value[:1] == "[" and value[-1:] == "]":
-            items = [quoted(item.strip()) for item in value[1:-1].split(",") if item.strip()]
-            overrides.append(f"{name}=[{','.join(items)}]")
+        if name in WEIGHTS and value != "null":  # Hydra would merge: what the recipe has and the person left out stays
+            overrides += [f"~{name}", f"+{name}={value}"]
+        elif name == "data.files" and value[:1] + value[-1:] in ("[]", "{}"):
+            as_literal = quoted if value[0] == "[" else quoted_source
+            items = [as_literal(item.strip()) for item in value[1:-1].split(",") if item.strip()]
+            overrides.append(f"{name}={value[0]}{','.join(items)}{value[-1]}")
         else:
             overrides.append(f"{name}={quoted(value)}" if name in FREE_TEXT else word)
     if "recipe" not in seen:
@@ -103,6 +108,12 @@ def quoted(value: str) -> str:
         return value
     value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'").replace("${", "\\${")
     return f"'{value}'"
+
+
+def quoted_source(item: str) -> str:
+    """`name: files` of {name: files, …}."""
+    name, _, files = item.partition(":")
+    return f"{name.strip()}:{quoted(files.strip())}"
 
 
 def refused_override(message: str, words: list[str], keys: list[str]) -> str:

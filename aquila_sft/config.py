@@ -1,18 +1,15 @@
-"""The typed door: composed YAML goes in, one dataclass per stage comes out, or one line that says what is wrong.
+"""What a run is told: one dataclass a stage, made of groups; each `check()` says what no type can say.
 
-Below this door there is no DictConfig. Every field has its value in recipes/*.yaml; a field has a default here only
-where `null` is a meaningful choice. `load()` checks names and types, each `check()` what no type can say.
+Every field has its value in recipes/*.yaml; a field has a default here only where `null` is a meaningful choice.
+door.py makes these from YAML; below it there is no DictConfig.
 """
 
-import dataclasses
-import difflib
 import enum
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf import MISSING
 
 from aquila_sft.errors import UserError
 
@@ -40,7 +37,9 @@ class KernelChoice(enum.StrEnum):
 class ScheduleKind(enum.StrEnum):
     cosine = "cosine"
     linear = "linear"
+    one_minus_sqrt = "one_minus_sqrt"
     constant = "constant"
+    wsd = "wsd"
 
 
 class Architecture(enum.StrEnum):
@@ -104,26 +103,99 @@ class Tokenizer:
 
 
 @dataclass(kw_only=True)
+class TextData:
+    """Documents: text to learn a vocabulary from, or to be made into shards."""
+
+    files: Any = None  # file, glob or list of them; {name: files, …} for several sources; null: what is bundled
+    bundled: str | None = None  # `world`
+    text_column: str = MISSING  # the field of a record that holds its text
+
+    def check(self) -> None:
+        if self.files is not None:
+            named = self.files if isinstance(self.files, dict) else {"text": self.files}
+            for name in named:
+                if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(name)):
+                    raise UserError(f"data.files: the source name {name!r} must be letters, digits, _ and -")
+            self.files = {str(name): file_list(files) for name, files in named.items()}
+        check_bundled(self.bundled)
+
+
+@dataclass(kw_only=True)
+class Mixture:
+    """Which shards are trained on, in what proportion of tokens. Weights need not add up to one."""
+
+    shards: str | None = None  # folder made by recipe=prepare; null: this scale's own
+    languages: dict[str, float] | None = None  # weight of each language; null: in proportion to their tokens
+    sources: dict[str, float] | None = None  # weight of each source within a language; null: in proportion
+    block_rows: int = MISSING  # rows after which the mixture is exact again
+    max_epochs: float = MISSING  # a source repeated more often stops the run before it begins
+    eval_bytes: int = MISSING  # held-back text that is evaluated, at most, for each source and language
+
+    def check(self) -> None:
+        for key, weights in (("languages", self.languages), ("sources", self.sources)):
+            for name, weight in (weights or {}).items():
+                if not 0 <= weight < float("inf"):
+                    raise UserError(f"data.{key}.{name}={weight} must be 0 or more")
+            if weights is not None and not sum(weights.values()) > 0:
+                raise UserError(f"data.{key}={weights}: at least one weight must be more than 0")
+        at_least("data", self, 1, "block_rows")
+        at_least("data", self, 0, "eval_bytes")
+        if self.max_epochs <= 0:
+            raise UserError(f"data.max_epochs={self.max_epochs} must be more than 0")
+
+
+@dataclass(kw_only=True)
 class SftData:
-    files: Any = None  # local file, list or glob; null: the manifest
+    files: Any = None  # local file, list or glob; null: the manifest, or what is bundled
     manifest: str | None = None  # data/manifests/<name>.yaml: a pinned Hub data set
     subset: str | None = None  # of the manifest
+    bundled: str | None = None  # `world`
     holdout_fraction: float = MISSING  # conversations held back for evaluation, by hash of their content
     holdout_max: int = MISSING  # at most, per language
     pack_window: int = MISSING  # conversations packed together; larger fills better, mixes less
 
     def check(self) -> None:
         if self.files is not None:
-            files = [self.files] if isinstance(self.files, str) else self.files
-            if not isinstance(files, list) or not files or not all(isinstance(f, str) and f for f in files):
-                raise UserError(
-                    f"data.files={self.files!r} is not a file, a glob or a list of them; "
-                    "write data.files=chat.jsonl or data.files=[a.jsonl,b.parquet]"
-                )
-            self.files = files
+            self.files = file_list(self.files)
+        check_bundled(self.bundled)
         within("data", self, 0.0, 0.5, "holdout_fraction")
         at_least("data", self, 0, "holdout_max")
         at_least("data", self, 1, "pack_window")
+
+
+@dataclass(kw_only=True)
+class Bpe:
+    """How a byte-level BPE is trained."""
+
+    vocab_size: int = MISSING  # all entries, the special ones included
+    max_token_bytes: int = MISSING  # no longer entry is learnt; a Chinese character has three bytes
+    max_han_run: int = (
+        MISSING  # characters: longer runs of Han are cut for training, or each would be a word of its own
+    )
+    min_frequency: int = MISSING  # a pair seen less often is not merged
+    max_bytes: int | None = None  # text used, languages balanced; null: all of it
+    memory_gb: float | None = None  # stop when more would be needed; null: what this machine has free
+
+    def check(self) -> None:
+        at_least("bpe", self, 1, "max_han_run", "min_frequency")
+        at_least("bpe", self, 4, "max_token_bytes")
+        for name in ("max_bytes", "memory_gb"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"bpe.{name}={getattr(self, name)} must be more than 0")
+
+
+@dataclass(kw_only=True)
+class ShardPolicy:
+    """How documents are written as shards."""
+
+    shard_tokens: int = MISSING  # a shard is closed at the first document end after so many
+    holdout_fraction: float = MISSING  # documents held back for evaluation, by hash of their content
+    holdout_max_bytes: int = MISSING  # of text, at most, for each source and language
+
+    def check(self) -> None:
+        at_least("prepare", self, 1, "shard_tokens")
+        at_least("prepare", self, 0, "holdout_max_bytes")
+        within("prepare", self, 0.0, 0.5, "holdout_fraction")
 
 
 @dataclass(kw_only=True)
@@ -146,8 +218,19 @@ class Schedule:
     kind: ScheduleKind = MISSING
     warmup_steps: float = MISSING  # steps, or a fraction of all of them when below 1
     min_lr_ratio: float = MISSING  # the rate at the end, as a fraction of optim.lr
+    decay_steps: float | None = None  # wsd: the last steps, or a fraction of all of them when below 1
+    decay_kind: ScheduleKind | None = None  # wsd: linear, one_minus_sqrt or cosine
 
     def check(self) -> None:
+        is_wsd = self.kind is ScheduleKind.wsd
+        falling = (ScheduleKind.linear, ScheduleKind.one_minus_sqrt, ScheduleKind.cosine)
+        if is_wsd and (self.decay_steps is None or self.decay_kind not in falling):
+            raise UserError(
+                "schedule.kind=wsd needs schedule.decay_steps= (0: none, an anneal decays later) and "
+                "schedule.decay_kind=linear, one_minus_sqrt or cosine"
+            )
+        if is_wsd and (self.decay_steps < 0 or self.decay_steps >= 1 and self.decay_steps != int(self.decay_steps)):
+            raise UserError(f"schedule.decay_steps={self.decay_steps} is neither whole steps nor a fraction below 1")
         at_least("schedule", self, 0, "warmup_steps")
         within("schedule", self, 0.0, 1.0, "min_lr_ratio")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
@@ -170,7 +253,7 @@ class Train:
     logging_steps: int = MISSING
     save_steps: int = MISSING
     eval_steps: int | None = None  # null: only before the first and after the last step
-    keep_checkpoints: int = MISSING
+    keep_checkpoints: int | None = MISSING  # the newest so many; null: all of them
 
     def check(self) -> None:
         lengths = {n: getattr(self, n) for n in ("max_steps", "total_tokens", "num_epochs")}
@@ -184,8 +267,9 @@ class Train:
         for name, value in given.items():
             if value <= 0:
                 raise UserError(f"train.{name}={value} must be more than 0")
-        at_least("train", self, 1, "tokens_per_step", "max_length", "logging_steps", "save_steps", "keep_checkpoints")
-        at_least("train", self, 1, *[n for n in ("micro_batch_rows", "eval_steps") if getattr(self, n) is not None])
+        at_least("train", self, 1, "tokens_per_step", "max_length", "logging_steps", "save_steps")
+        nullable = ("micro_batch_rows", "eval_steps", "keep_checkpoints")
+        at_least("train", self, 1, *[n for n in nullable if getattr(self, n) is not None])
         if self.tokens_per_step % self.max_length:
             below = self.tokens_per_step // self.max_length * self.max_length
             raise UserError(
@@ -256,18 +340,65 @@ class Run:
                 "kernel=triton: this version has no Triton kernel for the loss yet; use kernel=auto or torch"
             )
 
+    def check_scale(self, *given: Any) -> None:
+        """scale=mini, the default, is for the bundled world: input of one's own needs a scale that was asked for."""
+        if self.scale == "mini" and not self.scale_is_explicit and (first := next(filter(None, given), None)):
+            raise UserError(
+                f"{first} with no scale= on the command line: scale=mini is the default and meant for small "
+                "trials; add scale=135m for the real settings, or scale=mini if that is meant"
+            )
+
 
 @dataclass(kw_only=True)
 class TokenizerRun(Run):
+    """Without tokenizer.ranks a vocabulary is trained, with them the published one is converted."""
+
     tokenizer: Tokenizer = MISSING
+    data: TextData = MISSING
+    bpe: Bpe = MISSING
 
     def check(self) -> None:
         super().check()
-        if not self.tokenizer.ranks:
+        self.check_scale(self.data.files and f"data.files={shown(self.data.files)}")
+        if self.tokenizer.path:
+            raise UserError(f"tokenizer.path={self.tokenizer.path} is a tokenizer already; recipe=tokenizer makes one")
+
+
+@dataclass(kw_only=True)
+class PrepareRun(Run):
+    tokenizer: Tokenizer = MISSING
+    data: TextData = MISSING
+    prepare: ShardPolicy = MISSING
+
+    def check(self) -> None:
+        super().check()
+        self.check_scale(self.data.files and f"data.files={shown(self.data.files)}")
+
+
+@dataclass(kw_only=True)
+class PretrainRun(Run):
+    """recipe=pretrain and recipe=anneal: shards in, a base model out."""
+
+    model: Model = MISSING
+    tokenizer: Tokenizer = MISSING  # for the recipes before this one; shards bring the vocabulary they were made with
+    data: Mixture = MISSING
+    optim: Optim = MISSING
+    schedule: Schedule = MISSING
+    train: Train = MISSING
+
+    def check(self) -> None:
+        super().check()
+        base = self.model.path not in (None, "random")
+        self.check_scale(
+            base and f"model.path={self.model.path}", self.data.shards and f"data.shards={self.data.shards}"
+        )
+        if self.recipe == "pretrain" and base:
             raise UserError(
-                "tokenizer.ranks is not set: recipe=tokenizer converts a published tiktoken vocabulary; "
-                "add tokenizer=aquila tokenizer.ranks=<qwen.tiktoken>"
+                f"model.path={self.model.path}: recipe=pretrain starts from random weights; recipe=anneal goes on "
+                "from a checkpoint"
             )
+        if self.recipe == "anneal" and self.model.path == "random":
+            raise UserError("model.path=random: recipe=anneal goes on from a checkpoint; recipe=pretrain begins")
 
 
 @dataclass(kw_only=True)
@@ -283,14 +414,10 @@ class SftRun(Run):
 
     def check(self) -> None:
         super().check()
-        if self.scale == "mini" and not self.scale_is_explicit:
-            given = f"model.path={self.model.path}" if self.model.path else None
-            given = given or (f"data.files={','.join(self.data.files)}" if self.data.files else None)
-            if given:
-                raise UserError(
-                    f"{given} with no scale= on the command line: scale=mini is the default and meant for "
-                    "small trials; add scale=135m for the real settings, or scale=mini if that is meant"
-                )
+        self.check_scale(
+            self.model.path and f"model.path={self.model.path}",
+            self.data.files and f"data.files={','.join(self.data.files)}",
+        )
         if self.model.path == "random" and self.train.max_length > self.model.max_position_embeddings:
             raise UserError(
                 f"train.max_length={self.train.max_length} is more than "
@@ -312,64 +439,33 @@ class ChatRun(Run):
             raise UserError("prompt= and prompts= are both set; keep one")
 
 
-SCHEMAS = {"tokenizer": TokenizerRun, "sft": SftRun, "chat": ChatRun}
+SCHEMAS = {
+    "tokenizer": TokenizerRun,
+    "prepare": PrepareRun,
+    "pretrain": PretrainRun,
+    "sft": SftRun,
+    "chat": ChatRun,
+}
 
 
-def load(cfg: DictConfig) -> Run:
-    """The composed configuration as a checked dataclass. Raises UserError, one line."""
-    schema = SCHEMAS[cfg.stage]
-    try:
-        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error, schema, cfg)) from None
-    for value in [getattr(run, f.name) for f in dataclasses.fields(run)]:
-        if hasattr(value, "check"):
-            value.check()
-    run.check()
-    return run
+def file_list(files: Any) -> list[str]:
+    """A path, a glob or a list of them as a list."""
+    listed = [files] if isinstance(files, str) else files
+    if not isinstance(listed, list) or not listed or not all(isinstance(f, str) and f for f in listed):
+        raise UserError(
+            f"data.files={files!r} is not a file, a glob or a list of them; "
+            "write data.files=a.jsonl or data.files=[a.jsonl,b.parquet]"
+        )
+    return listed
 
 
-def explain(error: OmegaConfBaseException, schema: type, cfg: DictConfig) -> str:
-    """One line for an OmegaConf error: the key, its value, what is valid."""
-    key = error.full_key or str(error.key)
-    if isinstance(error, ConfigKeyError):
-        return f"{key} is not a setting of stage {cfg.stage}{nearest(key, setting_names(schema))}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key} has no value; add {key}=<value>"
-    what = error.msg.splitlines()[0] if error.msg else str(error)
-    if isinstance(error, ValidationError):
-        found = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", what)
-        if found:
-            return f"{key}={found[1]} is not one of {found[2]}"
-        found = re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what)
-        if found:
-            wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-            return f"{key}={found[1]} is not {wanted.get(found[2], found[2])}"
-        if "ListConfig" in what:
-            return f"{key}={OmegaConf.select(cfg, key)} is not a list; write {key}=[…,…]"
-        if "None" in what:
-            return f"{key} cannot be null"
-    return f"{key}: {what}"
+def shown(files: dict[str, list[str]]) -> str:
+    return ",".join(f for listed in files.values() for f in listed)
 
 
-def setting_names(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of every field of a dataclass, nested ones included."""
-    names = []
-    for f in dataclasses.fields(schema):
-        names.append(prefix + f.name)
-        inner = next((t for t in (f.type, *getattr(f.type, "__args__", ())) if dataclasses.is_dataclass(t)), None)
-        if inner:
-            names += setting_names(inner, f"{prefix}{f.name}.")
-    return names
-
-
-def nearest(name: str, choices: list[str]) -> str:
-    """'; did you mean x?' for the closest of `choices`, or '' when none is close."""
-    last = {c.rsplit(".", 1)[-1]: c for c in choices}  # `lr=1e-4` means `optim.lr`
-    found = [last[name]] if name in last else difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if not found:
-        found = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)]
-    return f"; did you mean {found[0]}?" if found else ""
+def check_bundled(name: str | None) -> None:
+    if name not in (None, "world"):
+        raise UserError(f"data.bundled={name} is not one of world")
 
 
 def at_least(group: str, values: object, low: float, *names: str) -> None:
