@@ -87,7 +87,7 @@ def convert_tiktoken(ranks_file: Path, folder: Path, *, must_be_published: bool 
     for place, special in enumerate(SPECIALS):
         if backend.token_to_id(special) != len(tokens) + place:
             raise UserError(f"{ranks_file}: {special!r} is among the ranks, but belongs behind them.")
-    tokenizer = from_backend(backend, bos=BOS, eos=EOS, pad=PAD, max_length=MAX_LENGTH)
+    tokenizer = from_backend(backend, bos=BOS, eos=EOS, pad=PAD, unk=PAD, max_length=MAX_LENGTH)
     tokenizer.init_kwargs["vocabulary_sha256"] = sha256
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
-def tokenizer_sha256(tokenizer) -> str:
+def tokenizer_sha256(tokenizer, *, with_template: bool = True) -> str:
     """What the ids depend on, hashed: the backend's JSON, the named special tokens and the chat template.
 
     Padding and truncation, which calls to a tokenizer leave behind in its backend, do not count.
@@ -171,7 +171,8 @@ def tokenizer_sha256(tokenizer) -> str:
     for key in ("version", "padding", "truncation"):
         backend.pop(key, None)
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
-    identity = json.dumps([backend, named, tokenizer.chat_template], ensure_ascii=True, sort_keys=True)
+    template = tokenizer.chat_template if with_template else None
+    identity = json.dumps([backend, named, template], ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -226,24 +227,27 @@ def read_ranks(ranks_file: Path, data: bytes | None = None) -> tuple[list[bytes]
 
 def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str]):
     """A tokenizers.Tokenizer of the published form: NFC, PATTERN, byte-level BPE, then the specials."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     # ignore_merges: a piece that is an entry is that entry, as in tiktoken, and needs no merging.
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=True) for text in specials])
     return backend
 
 
-def from_backend(backend, *, bos: str, eos: str, pad: str, max_length: int):
-    """A backend as a transformers tokenizer with the ChatML template; pad is also unk, as published."""
+def pre_tokenizer(*cuts):
+    """The published one: PATTERN, then bytes. `cuts` divide the pieces further (for training, see bpe.py)."""
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    return pre_tokenizers.Sequence([split, *cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def from_backend(backend, *, bos: str, eos: str, pad: str, max_length: int, unk: str | None = None):
+    """A backend as a transformers tokenizer with the ChatML template."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -251,7 +255,7 @@ def from_backend(backend, *, bos: str, eos: str, pad: str, max_length: int):
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        unk_token=pad,
+        unk_token=unk,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

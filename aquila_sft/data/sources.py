@@ -17,7 +17,7 @@ from aquila_sft.errors import UserError
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 
 
-def find(patterns: list[str]) -> list[Path]:
+def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files that paths and globs name, each once, sorted within a pattern. Raises UserError when one names none."""
     files: list[Path] = []
     for pattern in patterns:
@@ -30,16 +30,19 @@ def find(patterns: list[str]) -> list[Path]:
             raise UserError(f"data.files={pattern}: no such file (working directory {Path.cwd()})")
         files += [f for f in found if f not in files]
     for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"data.files={file}: unknown kind of file; readable are {', '.join(SUFFIXES)}")
+        if not file.name.endswith(suffixes):
+            raise UserError(f"data.files={file}: unknown kind of file; readable are {', '.join(suffixes)}")
     return files
 
 
-def read(file: Path) -> Iterator[tuple[str, dict | None]]:
-    """Records of one file with their places. Raises UserError for a file that cannot be read at all."""
+def read(file: Path, column: str | None = None) -> Iterator[tuple[str, dict | None]]:
+    """Records of one file with their places. Raises UserError for a file that cannot be read at all.
+
+    column: the one that is wanted; a parquet file's others are not even decoded.
+    """
     try:
         if file.name.endswith(".parquet"):
-            yield from read_parquet(file)
+            yield from read_parquet(file, column)
         elif file.name.endswith(".json"):
             yield from read_array(file)
         else:
@@ -94,16 +97,30 @@ def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
         yield f"{file}:{number}", record if isinstance(record, dict) else None
 
 
-def read_parquet(file: Path) -> Iterator[tuple[str, dict | None]]:
+def read_parquet(file: Path, column: str | None = None) -> Iterator[tuple[str, dict | None]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
+        if column is not None and column not in table.schema_arrow.names:
+            column = None
         number = 0
-        for batch in table.iter_batches(batch_size=1000):
-            for record in batch.to_pylist():
+        for batch in table.iter_batches(batch_size=1000, columns=None if column is None else [column]):
+            for record in rows_of(batch):
                 number += 1
                 yield f"{file}:{number}", record
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{file} is not a readable parquet file: {error}") from None
+
+
+def rows_of(batch) -> Iterator[dict | None]:
+    """The rows of a batch; None for one whose strings are not UTF-8, which parquet does not check."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield None
