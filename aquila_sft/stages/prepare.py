@@ -1,0 +1,216 @@
+"""recipe=prepare: text becomes tokenized shards, a share of it held back for evaluation.
+
+files -> tokenizer -> run directory -> documents -> shards -> final/: tokenizer/, train/, held-back/, MANIFEST.json
+"""
+
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from aquila_sft import checkpoint, narration, prerequisites, run_dir, runtime
+from aquila_sft.config import PrepareRun
+from aquila_sft.data import documents
+from aquila_sft.data.documents import DocumentLedger
+from aquila_sft.data.shards import Prepared
+from aquila_sft.errors import UserError
+
+VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
+NOT_IDENTITY = ("seed", "kernel")  # nothing here is drawn or computed with them
+
+
+def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
+    runtime.settle(offline=True)
+    if runtime.world_size() > 1:
+        raise UserError(f"recipe=prepare is one process's work; {runtime.world_size()} were launched")
+    prerequisites.fill(cfg, compose_run)
+    vocabulary = find_vocabulary(cfg)
+    narration.opening(cfg)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runtime.StopSignal())
+        files = documents.find(cfg.data, Path(f"outputs/{cfg.scale}/world"))
+        out = stack.enter_context(run_dir.opened(cfg, identity_of(cfg, vocabulary, files)))
+        if out.is_finished() and is_whole(out):
+            return closing(cfg, out, "is finished and of the same text and settings: reused, nothing done")
+        stack.enter_context(out.recorded(cfg))
+        with checkpoint.room(out.path):
+            prepare(cfg, out, vocabulary, files)
+        closing(cfg, out, "done")
+
+
+def find_vocabulary(cfg: PrepareRun) -> Path:
+    """The rank file or the tokenizer's folder."""
+    key = "ranks" if cfg.tokenizer.ranks else "path"
+    chosen = getattr(cfg.tokenizer, key)
+    if chosen is None:
+        raise UserError(
+            "recipe=prepare needs a tokenizer: add tokenizer.path=<folder>, or tokenizer=aquila "
+            "tokenizer.ranks=<qwen.tiktoken> for the published vocabulary"
+        )
+    path = Path(chosen).expanduser()
+    if not path.exists() or path.is_dir() != (key == "path"):
+        raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
+    return path
+
+
+def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]]) -> dict:
+    """Settings and contents; the names of sources count, those of files do not."""
+    from aquila_sft.data.text_set import FORMAT
+
+    settings = {
+        key: value
+        for key, value in run_dir.identity_of(cfg).items()
+        if key not in NOT_IDENTITY and not key.startswith("data.files.")
+    }
+    named = sorted(f for pattern in VOCABULARY_FILES for f in vocabulary.glob(pattern))
+    return (
+        settings
+        | {f"data.files.{source}": run_dir.files_sha256(paths) for source, paths in files.items()}
+        | {"vocabulary": run_dir.files_sha256(named or [vocabulary]), "format": FORMAT}
+    )
+
+
+def is_whole(out: run_dir.RunDir) -> bool:
+    """Sizes and headers only: who reads the shards checks their contents."""
+    try:
+        Prepared(out.final)
+    except UserError as error:
+        runtime.say(f"{error}: this is done now")
+        return False
+    return True
+
+
+def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[str, list[Path]]) -> None:
+    from tqdm import tqdm
+
+    from aquila_sft.data import text_set
+    from aquila_sft.tokenizer import save_tokenizer, tokenizer_sha256
+
+    aside = out.path / ".writing-final"
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer = load_tokenizer(cfg, vocabulary, out)
+    ledger = DocumentLedger()
+    begun = time.monotonic()
+    try:
+        parts = text_set.write(
+            tqdm(
+                counted(files, cfg.data.text_column, ledger),
+                unit=" documents",
+                desc="preparing",
+                mininterval=1.0,
+                leave=False,
+            ),
+            aside,
+            text_set.Encoder(tokenizer),
+            cfg.prepare,
+            ledger,
+            vocab_size=len(tokenizer),
+            tokenizer_sha256=(sha256 := tokenizer_sha256(tokenizer)),
+        )
+        report = ledger.as_dict()
+        run_dir.write_json(out.path / "ledger.json", about(files) | report)
+        if not parts["train"]:
+            raise UserError(nothing_left(report, files))
+        save_tokenizer(tokenizer, aside / "tokenizer")
+        out.begin()
+        shutil.rmtree(out.final, ignore_errors=True)
+        checkpoint.commit(
+            aside,
+            out.final,
+            recipe=cfg.recipe,
+            demo=cfg.demo,
+            tokenizer_sha256=sha256,
+            vocab_size=len(tokenizer),
+            parts=parts["train"],
+            held_back=parts["held-back"],
+            sources={source: {"licence": None, "revision": None} for source in files},
+        )
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    write_summary(cfg, out, parts, report, time.monotonic() - begun)
+    for name, part in parts["train"].items():
+        held = parts["held-back"].get(name, {"documents": 0})["documents"]
+        runtime.say(
+            f"  {name}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
+            f"{part['bytes_per_token']:.2f} bytes a token, {part['shards']} shard(s); {held:,} documents held back"
+        )
+    if report["left_out"]:
+        runtime.say(f"  {report['left_out']:,} of {report['read']:,} records left out (ledger.json says why)")
+
+
+def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
+    """With our chat template and a padding token, which the stages behind this one rely on."""
+    from aquila_sft import chat_template
+    from aquila_sft import tokenizer as tokenizers
+
+    converted = out.path / "tokenizer"
+    if vocabulary.is_file():
+        tokenizer = tokenizers.convert_tiktoken(vocabulary, converted)
+    else:
+        tokenizer = tokenizers.load_tokenizer(vocabulary, converted_to=converted)
+    tokenizer.chat_template = chat_template.chatml(cfg.tokenizer.system)
+    if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
+        runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def counted(files: dict[str, list[Path]], text_column: str, ledger: DocumentLedger):
+    def refuse(reason: str, language: str, source: str, where: str) -> None:
+        ledger.read += 1
+        ledger.refuse(reason, language, source, where)
+
+    for placed in documents.read(files, text_column, refuse):
+        ledger.read += 1
+        yield placed
+
+
+def about(files: dict[str, list[Path]]) -> dict:
+    return {"files": {s: [{"file": str(f), "bytes": f.stat().st_size} for f in paths] for s, paths in files.items()}}
+
+
+def nothing_left(report: dict, files: dict[str, list[Path]]) -> str:
+    reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in report["reasons"].items())
+    names = ", ".join(f.name for paths in files.values() for f in paths[:3])
+    return f"no document is left to train on: {report['read']} records read from {names}; " + (
+        f"left out for: {reasons}" if reasons else "the files are empty"
+    )
+
+
+def write_summary(cfg: PrepareRun, out: run_dir.RunDir, parts: dict, report: dict, seconds: float) -> None:
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    text_bytes, tokens = Counter(), Counter()
+    for part in parts["train"].values():
+        text_bytes[part["language"]] += part["text_bytes"]
+        tokens[part["language"]] += part["tokens"]
+    out.write_summary(
+        status="done",
+        stage=cfg.stage,
+        recipe=cfg.recipe,
+        scale=cfg.scale,
+        demo=cfg.demo,
+        documents=sum(part["documents"] for part in parts["train"].values()),
+        tokens=tokens.total(),
+        text_bytes=text_bytes.total(),
+        bytes_per_token={lang: round(text_bytes[lang] / tokens[lang], 4) for lang in sorted(tokens)},
+        held_back=report["held_back"],
+        left_out=report["left_out"],
+        seconds=round(seconds, 1),
+        tokens_per_s=round(report["tokens"] / seconds, 1),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    )
+
+
+def closing(cfg: PrepareRun, out: run_dir.RunDir, state: str) -> None:
+    summary = out.summary()
+    narration.closing(
+        cfg,
+        f"{out.final} {state}: {summary['documents']:,} documents, {summary['tokens']:,} tokens",
+        f"  train on it: python train.py recipe=pretrain scale={cfg.scale} data.shards={out.final}",
+    )

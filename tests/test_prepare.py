@@ -1,0 +1,613 @@
+"""From files of text to shards: formats, what is left out, what is held back, the same bytes every time."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
+
+import train
+from aquila_sft.config import ShardPolicy
+from aquila_sft.data import conversations, documents, shards, text_set
+from aquila_sft.data.documents import Document, DocumentLedger
+from aquila_sft.data.shards import Prepared
+from aquila_sft.errors import UserError
+from aquila_sft.tokenizer import load_tokenizer, tokenizer_sha256
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """In a working directory of its own; what a run sets in the environment is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of one to nine sentences, each in one language."""
+    rng = random.Random(seed)
+    english = [s for s in SENTENCES if s.isascii() and s[0].isupper()]
+    chinese = [s for s in SENTENCES if not s.isascii()]
+    return ["\n".join(rng.choices((english, chinese)[i % 2], k=rng.randint(1, 9))) for i in range(count)]
+
+
+def rows(some: list[str]) -> list[dict]:
+    return [{"id": i, "text": text, "score": i / 2} for i, text in enumerate(some)]
+
+
+def words(tokenizer_folder: Path, out: Path, files: object, *more: str) -> list[str]:
+    given = [f"tokenizer.path={tokenizer_folder}", f"output_dir={out}", f"data.files={files}"]
+    return ["recipe=prepare", "scale=mini", *given, "prepare.shard_tokens=2000", *more]
+
+
+def prepared(*command) -> Prepared:
+    command = words(*command)
+    assert train.main(command) == 0
+    return Prepared(Path(command[3].removeprefix("output_dir=")))
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file and its hash."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def documents_of(part: shards.Part) -> list[list[int]]:
+    tokens, begins = part.read(0, part.tokens)
+    return [d.tolist() for d in np.split(tokens, np.flatnonzero(begins)[1:])]
+
+
+def all_texts(parts: dict[str, shards.Part], tokenizer) -> list[str]:
+    return [tokenizer.decode(d[1:-1]) for part in parts.values() for d in documents_of(part)]
+
+
+def files_of_every_kind(folder: Path, some: list[str]) -> dict[str, str]:
+    """Kind -> pattern."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(some)).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (folder / "a.json").write_text(json.dumps(rows(some)), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(some)), folder / "a.parquet", row_group_size=7)
+    for i, text in enumerate(some):
+        (folder / f"{i:05d}.txt").write_text(f"{text}\n", encoding="utf-8")
+        (folder / f"{i:05d}.txt.gz").write_bytes(gzip.compress(text.encode("utf-8-sig")))
+    kinds = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "*.txt", "*.txt.gz")
+    return {kind: str(folder / kind) for kind in kinds}
+
+
+def test_every_kind_of_file_gives_the_same_shards_of_the_same_documents(tmp_path, tokenizer, tokenizer_folder):
+    some = texts(150)
+    made = {
+        kind: prepared(tokenizer_folder, tmp_path / f"out-{number}", pattern)
+        for number, (kind, pattern) in enumerate(files_of_every_kind(tmp_path, some).items())
+    }
+    first = content(made["a.jsonl"].folder)
+    assert len([name for name in first if name.startswith("train/text.en/")]) > 1
+    for kind, other in made.items():
+        assert content(other.folder) == first, kind
+    parts = made["a.jsonl"].parts
+    assert list(parts) == ["text.en", "text.zh"]
+    assert {p.language: p.source for p in parts.values()} == {"en": "text", "zh": "text"}
+    held = all_texts(made["a.jsonl"].held_back, tokenizer)
+    for language, part in (("en", parts["text.en"]), ("zh", parts["text.zh"])):
+        wanted = [t for t in some if conversations.language(t) == language and t not in held]
+        assert all_texts({"": part}, tokenizer) == wanted
+        assert part.text_bytes == sum(len(t.encode()) for t in wanted)
+        assert part.documents == len(wanted)
+        assert all(d[0] == tokenizer.bos_token_id and d[-1] == tokenizer.eos_token_id for d in documents_of(part))
+
+
+def test_the_manifest_the_summary_and_the_ledger_agree(tmp_path, tokenizer, tokenizer_folder, capsys):
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "Привет, как дела?"}] * 3)
+    files = f"{{web: {tmp_path}/a.jsonl, forum: {tmp_path}/b.jsonl}}"
+    made = prepared(tokenizer_folder, tmp_path / "out", files, "prepare.holdout_fraction=0.2")
+    summary, ledger = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in ("summary", "ledger"))
+    manifest = made.manifest
+    assert list(manifest["parts"]) == ["forum.other", "web.en", "web.zh"]
+    for table, parts in ((manifest["parts"], made.parts), (manifest["held_back"], made.held_back)):
+        for name, about in table.items():
+            part = parts[name]
+            assert (about["tokens"], about["documents"], about["text_bytes"]) == (
+                part.tokens,
+                part.documents,
+                part.text_bytes,
+            )
+            assert about["bytes_per_token"] == round(part.text_bytes / part.tokens, 4)
+            assert about["shards"] == len(about["files"]) == len(part.shards)
+    loaded = load_tokenizer(made.tokenizer_folder)
+    assert (
+        manifest["tokenizer_sha256"]
+        == tokenizer_sha256(loaded)
+        == made.parts["web.en"].shards[0].header["tokenizer_sha256"]
+    )
+    assert manifest["vocab_size"] == len(loaded) == len(tokenizer)
+    assert loaded.get_vocab() == tokenizer.get_vocab() and "<|im_start|>" in loaded.chat_template
+    assert manifest["demo"] is True and summary["demo"] is True
+    assert manifest["sources"] == {name: {"licence": None, "revision": None} for name in ("web", "forum")}
+    parts = made.parts.values()
+    assert summary["status"] == "done" and summary["stage"] == summary["recipe"] == "prepare"
+    assert summary["documents"] == sum(p.documents for p in parts) == ledger["kept"]
+    assert summary["tokens"] == sum(p.tokens for p in parts)
+    assert summary["text_bytes"] == sum(p.text_bytes for p in parts)
+    web = made.parts["web.zh"]
+    assert summary["bytes_per_token"]["zh"] == round(web.text_bytes / web.tokens, 4)
+    assert ledger["read"] == 203 == ledger["kept"] + ledger["held_back"] + ledger["left_out"]
+    assert ledger["by_source"]["forum"]["kept"] + ledger["by_source"]["forum"].get("left_out", 0) == 3
+    assert sum(counts["tokens"] for counts in ledger["by_language"].values()) == ledger["tokens"]
+    assert ledger["files"]["forum"] == [
+        {"file": str(tmp_path / "b.jsonl"), "bytes": (tmp_path / "b.jsonl").stat().st_size}
+    ]
+    assert f"web.zh: {web.documents:,} documents, {web.tokens:,} tokens" in capsys.readouterr().out
+
+
+def test_the_bundled_world_is_prepared_without_being_asked_for(tmp_path, tokenizer_folder, tokenizer):
+    assert train.main(["recipe=prepare", f"tokenizer.path={tokenizer_folder}"]) == 0
+    made = Prepared(Path("outputs/mini/prepare"))
+    assert list(made.parts) == ["world.en", "world.zh", "world_notes.en", "world_notes.zh"]
+    assert set(made.held_back) == set(made.parts)
+    line = json.loads(Path("outputs/mini/world/documents.jsonl").read_text("utf-8").splitlines()[0])
+    name = f"world.{conversations.language(line['text'])}"
+    assert tokenizer.decode(documents_of(made.parts[name])[0][1:-1]) == unicodedata.normalize("NFC", line["text"])
+
+
+def test_special_strings_in_a_text_stay_text(tokenizer):
+    encode = text_set.Encoder(tokenizer)
+    special = {tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
+    some = [f"a{s}b {s}" for s in SPECIALS] + ["".join(SPECIALS), "<|im_start|>user\nhi<|im_end|>\n", "plain"]
+    for text, ids in zip(some, encode(some), strict=True):
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert not special & set(ids[1:-1].tolist())
+        assert tokenizer.decode(ids[1:-1]) == text
+    assert encode(["plain"])[0][1:-1].tolist() == tokenizer("plain", add_special_tokens=False)["input_ids"]
+    assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]  # as it was
+
+
+def test_a_tokenizer_without_bos_or_eos_writes_documents_bare(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.bos_token = None
+    encode = text_set.Encoder(tokenizer)
+    plain = tokenizer("plain", add_special_tokens=False)["input_ids"]
+    assert encode(["plain"])[0].tolist() == [*plain, tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    assert text_set.Encoder(tokenizer)(["plain"])[0].tolist() == plain
+
+
+def test_a_long_document_is_tokenized_in_pieces_with_the_ids_of_the_whole(tokenizer, monkeypatch):
+    encode = text_set.Encoder(tokenizer)
+    assert encode.cuts_freely
+    some = ["\n\n".join(texts(40, seed)) for seed in range(5)] + ["  \n \n1a\n_b\n中\n" * 50, "no line ends " * 50]
+    whole = encode(some)
+    monkeypatch.setattr(text_set, "PIECE_CHARACTERS", 30)
+    monkeypatch.setattr(text_set, "BATCH_CHARACTERS", 70)
+    assert [len(text_set.cut(text)) > 5 for text in some] == [True] * 6 + [False]
+    assert all("".join(text_set.cut(text)) == text for text in some)
+    for a, b in zip(whole, encode(some), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_text_that_the_vocabulary_cannot_spell_is_left_out_and_counted(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"?": 0, "good": 1, "words": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    ledger = DocumentLedger()
+    parts = write(tmp_path, text_set.Encoder(tokenizer), ["good words", "bad words", "good good"], ledger=ledger)
+    assert parts["train"]["s.en"]["tokens"] == 4
+    assert ledger.as_dict()["reasons"]["text that the vocabulary cannot spell"]["first"] == ["f:1"]
+
+
+def policy(**changes) -> ShardPolicy:
+    return ShardPolicy(**({"shard_tokens": 1000, "holdout_fraction": 0.0, "holdout_max_bytes": 10**9} | changes))
+
+
+def write(folder: Path, encoder, some: list, ledger=None, **changes) -> dict:
+    """text_set.write of texts, or of (source, text) pairs."""
+    pairs = [item if isinstance(item, tuple) else ("s", item) for item in some]
+    found = [(Document(text, conversations.language(text), source), f"f:{i}") for i, (source, text) in enumerate(pairs)]
+    about = {"vocab_size": 10_000, "tokenizer_sha256": ""}
+    return text_set.write(found, folder, encoder, policy(**changes), ledger or DocumentLedger(), **about)
+
+
+def texts_in(folder: Path, tokenizer, use: str) -> dict[str, list[str]]:
+    return {
+        part.name: all_texts({"": shards.Part(part.name, sorted(part.glob("*.shard")))}, tokenizer)
+        for part in sorted((folder / use).glob("*"))
+    }
+
+
+def below(text: str, fraction: float) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < fraction * 2**64
+
+
+def test_what_is_held_back_goes_by_content_and_is_trained_on_nowhere(tmp_path, tokenizer):
+    some = list(dict.fromkeys(texts(600)))
+    encoder = text_set.Encoder(tokenizer)
+    write(tmp_path / "a", encoder, some, holdout_fraction=0.1)
+    write(tmp_path / "b", encoder, some[:2] + some[:1:-1], holdout_fraction=0.1)
+    held, trained = (texts_in(tmp_path / "a", tokenizer, use) for use in ("held-back", "train"))
+    firsts = {some[0], some[1]}  # of a language each: never held back
+    assert set(sum(held.values(), [])) == {t for t in some if below(t, 0.1)} - firsts != set()
+    assert set(sum(trained.values(), [])) == set(some) - set(sum(held.values(), []))
+    backwards = texts_in(tmp_path / "b", tokenizer, "held-back")
+    assert {part: set(inside) for part, inside in backwards.items()} == {p: set(inside) for p, inside in held.items()}
+
+
+def test_no_more_is_held_back_than_allowed_and_a_small_part_keeps_a_document_to_train_on(tmp_path, tokenizer):
+    some, encoder = list(dict.fromkeys(texts(400))), text_set.Encoder(tokenizer)
+    chosen = [t for t in some if below(t, 0.5)]
+    write(tmp_path / "few", encoder, some, holdout_fraction=0.5, holdout_max_bytes=700)
+    for part, held in texts_in(tmp_path / "few", tokenizer, "held-back").items():
+        assert 0 < sum(len(t.encode()) for t in held) <= 700, part
+        assert set(held) <= set(chosen)
+    trained = sum(texts_in(tmp_path / "few", tokenizer, "train").values(), [])
+    assert len(trained) + sum(map(len, texts_in(tmp_path / "few", tokenizer, "held-back").values())) == len(some)
+    write(tmp_path / "one", encoder, chosen[:1], holdout_fraction=0.5)
+    assert sum(texts_in(tmp_path / "one", tokenizer, "train").values(), []) == chosen[:1]
+    assert not texts_in(tmp_path / "one", tokenizer, "held-back")
+    write(tmp_path / "none", encoder, some, holdout_fraction=0.0)
+    assert not texts_in(tmp_path / "none", tokenizer, "held-back")
+
+
+def test_copies_of_what_is_held_back_are_left_out_of_every_source(tmp_path, tokenizer):
+    some = [t for t in dict.fromkeys(texts(400)) if t.isascii()]
+    held = [t for t in some[1:] if below(t, 0.3)][:5]
+    trained_first = next(t for t in some[1:] if below(t, 0.3) and t not in held)
+    first = next(t for t in some if not below(t, 0.3))
+    wiki = [("wiki", t) for t in [first, *held, held[0]]]
+    # `web` begins with a text below the threshold, which is trained on for being the first: no other part holds it back
+    web = [("web", t) for t in [trained_first, *held[:3], first, trained_first]]
+    ledger = DocumentLedger()
+    write(
+        tmp_path,
+        text_set.Encoder(tokenizer),
+        [*wiki, *web, ("wiki", trained_first)],
+        ledger,
+        holdout_fraction=0.3,
+    )
+    assert texts_in(tmp_path, tokenizer, "held-back") == {"wiki.en": held}
+    assert texts_in(tmp_path, tokenizer, "train") == {
+        "web.en": [trained_first, first, trained_first],
+        "wiki.en": [first, trained_first],
+    }
+    left_out = ledger.as_dict()["reasons"]["copy of a held-back document"]
+    assert left_out["records"] == 4 and left_out["first"] == ["f:6", "f:8", "f:9"]
+
+
+def test_equal_text_in_other_normal_forms_is_one_text(tmp_path, tokenizer):
+    composed, apart = "caf\u00e9 au lait " * 3, "cafe\u0301 au lait " * 3
+    parts = write(tmp_path, text_set.Encoder(tokenizer), [composed, apart])
+    assert parts["train"]["s.en"]["text_bytes"] == 2 * len(composed.encode())
+    first, second = documents_of(shards.Part("s.en", [tmp_path / f for f in parts["train"]["s.en"]["files"]]))
+    assert first == second
+
+
+def test_the_shards_do_not_depend_on_batches_or_threads(tmp_path, tokenizer, monkeypatch):
+    some, encoder = texts(300), text_set.Encoder(tokenizer)
+    settings = {"holdout_fraction": 0.1, "holdout_max_bytes": 2000}
+    write(tmp_path / "a", encoder, some, **settings)
+    monkeypatch.setattr(text_set, "BATCH_CHARACTERS", 500)
+    write(tmp_path / "b", encoder, some, **settings)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    write(tmp_path / "c", encoder, some, **settings)
+    assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c") != {}
+
+
+def test_few_batches_are_in_memory_whatever_the_size_of_the_input(tokenizer, monkeypatch):
+    monkeypatch.setattr(text_set, "BATCH_DOCUMENTS", 10)
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield Document("Water boils.", "en", "s"), f"f:{read}"
+
+    for number, (_, where, _) in enumerate(text_set.tokenized(endless(), text_set.Encoder(tokenizer)), 1):
+        assert where == f"f:{number}"
+        assert read - number < 40
+        if number == 200:
+            break
+
+
+def test_what_is_no_document_is_counted_with_its_reason_and_its_place(tmp_path, tokenizer_folder, tokenizer):
+    good = texts(4)
+    lines = [
+        json.dumps({"text": good[0]}),
+        "{broken",
+        "[1]",
+        '{"title": "x"}',
+        '{"text": null}',
+        '{"text": ["a"]}',
+        '{"text": " \\n\\u3000"}',
+        '{"text": "half \\ud800 of a pair"}',
+        *[json.dumps({"text": text}) for text in good[1:]],
+    ]
+    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    made = prepared(tokenizer_folder, tmp_path / "out", tmp_path / "a.jsonl", "prepare.holdout_fraction=0")
+    assert sorted(all_texts(made.parts, tokenizer)) == sorted(good)
+    ledger = json.loads((tmp_path / "out/ledger.json").read_text())
+    place = f"{tmp_path}/a.jsonl"
+    assert {reason: (v["records"], v["first"]) for reason, v in ledger["reasons"].items()} == {
+        "not a JSON object": (3, [f"{place}:2", f"{place}:3", f"{place}:12"]),
+        "no text column": (1, [f"{place}:4"]),
+        "text that is not a string": (2, [f"{place}:5", f"{place}:6"]),
+        "empty text": (1, [f"{place}:7"]),
+        "text that is not valid Unicode": (1, [f"{place}:8"]),
+    }
+    assert (ledger["read"], ledger["kept"], ledger["left_out"]) == (12, 4, 8)
+    assert ledger["by_source"]["text"]["left_out"] == 8
+
+
+def test_parquet_rows_that_are_no_text_are_counted_too(tmp_path):
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        3,
+        [
+            None,
+            pyarrow.py_buffer(np.array([0, 3, 5, 8], dtype=np.int32).tobytes()),
+            pyarrow.py_buffer(b"one\xff\xfetwo"),
+        ],
+    )
+    table = pyarrow.table({"other": [1, 2, 3], "text": broken})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    refused = []
+    found = documents.read({"s": [tmp_path / "a.parquet"]}, "text", lambda *about: refused.append(about))
+    assert [(d.text, w) for d, w in found] == [("one", f"{tmp_path}/a.parquet:1"), ("two", f"{tmp_path}/a.parquet:3")]
+    assert refused == [("not a JSON object", "unknown", "s", f"{tmp_path}/a.parquet:2")]
+
+
+def test_only_the_text_column_of_a_parquet_file_is_read(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.table({"big": ["x" * 1000] * 9, "text": ["hi"] * 9}), tmp_path / "a.parquet")
+    asked = []
+    real = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda self, **k: asked.append(k["columns"]) or real(self, **k)
+    )
+    assert len(list(documents.read({"s": [tmp_path / "a.parquet"]}, "text", print))) == 9
+    assert asked == [["text"]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_without_the_text_column_stops_with_the_columns_it_has(tmp_path, tokenizer_folder, capsys, name):
+    some = [{"content": "hello", "url": "u"}] * 5
+    if name == "a.jsonl":
+        write_jsonl(tmp_path / name, some)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / name)
+    command = words(tokenizer_folder, tmp_path / "out", tmp_path / name)
+    assert train.main(command) == 2
+    assert (
+        f"data.text_column=text: {tmp_path}/{name} has no such column; it has: content, url" in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "out/summary.json").read_text())["status"] == "failed"
+    assert train.main([*command, "data.text_column=content", "prepare.holdout_fraction=0"]) == 0
+    assert Prepared(tmp_path / "out").parts["text.en"].documents == 5
+
+
+def test_a_long_file_without_the_text_column_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "COLUMN_WITHIN", 50)
+    write_jsonl(tmp_path / "a.jsonl", [{"body": "hello"}] * 500)
+    refused = []
+    with pytest.raises(UserError, match="it has: body; use data.text_column=body"):
+        list(documents.read({"s": [tmp_path / "a.jsonl"]}, "text", lambda *about: refused.append(about)))
+    assert len(refused) < 50
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.zst"])
+def test_a_large_txt_file_is_cut_at_blank_lines(tmp_path, suffix):
+    paragraphs = texts(9000)
+    whole = "\n\n".join(paragraphs).encode()
+    assert len(whole) > documents.WHOLE_TXT
+    packed = {".txt": whole, ".txt.gz": gzip.compress(whole, 1), ".txt.zst": zstandard.compress(whole)}[suffix]
+    (tmp_path / f"a{suffix}").write_bytes(packed)
+    found = list(documents.read({"s": [tmp_path / f"a{suffix}"]}, "text", print))
+    assert [p for d, _ in found for p in d.text.split("\n\n")] == paragraphs
+    sizes = [len(d.text.encode()) for d, _ in found]
+    assert all(documents.CUT_TXT - 2 <= size < documents.CUT_TXT + 5000 for size in sizes[:-1])
+    lines = whole.decode().split("\n")
+    for document, where in found[1:]:
+        number = int(where.rsplit(":", 1)[1])
+        assert lines[number - 1] == "" and lines[number] == document.text.split("\n")[0]
+
+
+def test_a_txt_file_of_one_endless_line_is_cut_between_characters(tmp_path):
+    text = "".join(random.Random(0).choices("a字é𠀀", k=900_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = [d.text for d, _ in documents.read({"s": [tmp_path / "a.txt"]}, "text", print)]
+    assert "".join(found) == text and len(found) > 1
+    assert max(len(t.encode()) for t in found) <= documents.WHOLE_TXT + documents.CUT_TXT
+
+
+def test_a_txt_file_in_another_encoding_is_left_out_by_name(tmp_path, tokenizer_folder, capsys):
+    (tmp_path / "a.txt").write_bytes("图书馆晚上八点关门".encode("gbk"))
+    (tmp_path / "b.txt").write_bytes(b"")
+    assert train.main(words(tokenizer_folder, tmp_path / "out", tmp_path / "*.txt")) == 2
+    said = capsys.readouterr().err
+    assert "no document is left to train on: 2 records read from a.txt, b.txt" in said
+    assert f"text that is not UTF-8: 1 (first {tmp_path}/a.txt:1)" in said and "empty text: 1" in said
+    assert not (tmp_path / "out/final").exists() and not (tmp_path / "out/.writing-final").exists()
+    assert json.loads((tmp_path / "out/ledger.json").read_text())["left_out"] == 2
+
+
+def test_missing_inputs_are_named_with_the_way_on(tmp_path, tokenizer_folder, capsys):
+    given = ["recipe=prepare", f"output_dir={tmp_path}/out"]
+    for command, said in (
+        ([f"tokenizer.path={tokenizer_folder}", "scale=135m"], "data.files is not set, and this scale brings no text"),
+        (["scale=mini", f"tokenizer.path={tmp_path}/no"], f"tokenizer.path={tmp_path}/no: no such folder"),
+        (
+            ["scale=mini", "tokenizer=aquila", "tokenizer.ranks=no.tiktoken"],
+            "tokenizer.ranks=no.tiktoken: no such file",
+        ),
+        (
+            ["scale=mini", f"tokenizer.path={tokenizer_folder}", f"data.files={tmp_path}/no.txt"],
+            f"data.files={tmp_path}/no.txt: no such file",
+        ),
+    ):
+        assert train.main([*given, *command]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out/identity.json").exists()
+
+
+def test_several_processes_are_refused(monkeypatch, tokenizer_folder, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(words(tokenizer_folder, tmp_path / "out", "a.jsonl")) == 2
+    assert "recipe=prepare is one process's work; 2 were launched" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_reused_and_a_damaged_one_made_again(tmp_path, tokenizer_folder, capsys):
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    out = tmp_path / "out"
+    first = prepared(tokenizer_folder, out, tmp_path / "a.jsonl")
+    before = content(out / "final")
+    stamps = {f: f.stat().st_mtime_ns for f in (out / "final").rglob("*")}
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")  # the name of a file is not its content
+    capsys.readouterr()
+    prepared(tokenizer_folder, out, tmp_path / "b.jsonl", "seed=7", "kernel=torch")
+    assert "reused, nothing done" in capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in (out / "final").rglob("*")} == stamps
+    shard = out / "final" / first.manifest["parts"]["text.en"]["files"][0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    prepared(tokenizer_folder, out, tmp_path / "b.jsonl")
+    assert "00000.shard is missing, or has not the" in capsys.readouterr().out
+    assert content(out / "final") == before
+
+
+def test_other_text_or_settings_are_another_run(tmp_path, tokenizer_folder, capsys):
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    write_jsonl(tmp_path / "b.jsonl", rows(texts(201)))
+    out = tmp_path / "out"
+    prepared(tokenizer_folder, out, tmp_path / "a.jsonl")
+    before = content(out / "final")
+    for command, key in (
+        ([tmp_path / "b.jsonl"], "data.files.text"),
+        ([f"{{wiki: {tmp_path}/a.jsonl}}"], "data.files.wiki"),
+        ([tmp_path / "a.jsonl", "prepare.holdout_fraction=0.2"], "prepare.holdout_fraction"),
+    ):
+        assert train.main(words(tokenizer_folder, out, *command)) == 2
+        assert key in capsys.readouterr().err
+    assert content(out / "final") == before
+    made = prepared(tokenizer_folder, out, tmp_path / "b.jsonl", "overwrite=true", "prepare.holdout_fraction=0")
+    assert sum(part.documents for part in made.parts.values()) == 201 and not made.held_back
+
+
+def test_a_failure_is_recorded_and_leaves_nothing_that_looks_finished(tmp_path, tokenizer_folder, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    command = words(tokenizer_folder, tmp_path / "out", tmp_path / "a.jsonl")
+
+    def failing(*_, **__):
+        raise RuntimeError("the plug was pulled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "finish", failing)
+        with pytest.raises(RuntimeError):
+            train.main(command)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("failed", "the plug was pulled")
+    assert not (tmp_path / "out/final").exists() and not (tmp_path / "out/.writing-final").exists()
+    assert train.main(command) == 0
+    prepared(tokenizer_folder, tmp_path / "clean", tmp_path / "a.jsonl")
+    assert content(tmp_path / "out/final") == content(tmp_path / "clean/final")
+
+
+def test_a_killed_run_begins_again_and_makes_the_same_bytes(tmp_path, tokenizer_folder):
+    """Killed with all of its shards written, before they were made visible."""
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    out = tmp_path / "out"
+    killing = (
+        "import os, sys; from aquila_sft import checkpoint; import train\n"
+        "checkpoint.commit = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "train.main(sys.argv[1:])"
+    )
+    command = words(tokenizer_folder, out, tmp_path / "a.jsonl")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", killing, *command], env=env, capture_output=True, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((out / ".writing-final").rglob("*.shard")) and not (out / "final").exists()
+    assert json.loads((out / "summary.json").read_text())["status"] == "running"
+    assert train.main(command) == 0
+    assert not (out / ".writing-final").exists()
+    prepared(tokenizer_folder, tmp_path / "clean", tmp_path / "a.jsonl")
+    assert content(out / "final") == content(tmp_path / "clean/final")
+
+
+def test_the_published_form_of_vocabulary_is_converted(tmp_path, tokenizer):
+    ranks = tmp_path / "qwen.tiktoken"
+    write_ranks(ranks, tiny_ranks(tokenizer))
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(50)))
+    given = [
+        "tokenizer=aquila",
+        f"tokenizer.ranks={ranks}",
+        f"data.files={tmp_path}/a.jsonl",
+        f"output_dir={tmp_path}/out",
+    ]
+    assert train.main(["recipe=prepare", "scale=mini", *given]) == 0
+    made = Prepared(tmp_path / "out")
+    loaded = load_tokenizer(made.tokenizer_folder)
+    ids = documents_of(made.parts["text.en"])[0]
+    assert loaded.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|extra_203|>", "<|extra_204|>"]
+    assert loaded.decode(ids[1:-1]) == texts(1)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_real_text_of_both_languages_with_the_published_vocabulary(tmp_path):
+    """Every document comes back from its tokens; special strings and CRLF of real pages included."""
+    if "AQUILA_REAL_DATA" not in os.environ:
+        pytest.skip("AQUILA_REAL_DATA is not set")
+    root = Path(os.environ["AQUILA_REAL_DATA"])
+    command = [
+        *("recipe=prepare", "scale=135m", "tokenizer=aquila", f"output_dir={tmp_path}/out"),
+        f"tokenizer.ranks={root.parent / 'aquila_tokenizer' / 'qwen.tiktoken'}",
+        "prepare.shard_tokens=500000",
+        f"data.files={{wiki: {root}/raw_*_wiki/*.jsonl, d2l: {root}/raw_*_d2l/*.jsonl, play: {root}/raw_*peare/*.txt}}",
+    ]
+    assert train.main(command) == 0
+    made = Prepared(tmp_path / "out")
+    assert set(made.parts) == {"wiki.en", "wiki.zh", "d2l.en", "d2l.zh", "play.en"}
+    for name in made.manifest["files"]:
+        if name.endswith(".shard"):
+            shards.verify(made.folder / name)
+    tokenizer = load_tokenizer(made.tokenizer_folder)
+    written = sorted(all_texts(made.parts | {f"held {n}": p for n, p in made.held_back.items()}, tokenizer))
+    files = {
+        s: documents.sources.find([str(root / g)], documents.TXT + documents.sources.SUFFIXES)
+        for s, g in (("wiki", "raw_*_wiki/*.jsonl"), ("d2l", "raw_*_d2l/*.jsonl"), ("play", "raw_*peare/*.txt"))
+    }
+    read = [unicodedata.normalize("NFC", d.text) for d, _ in documents.read(files, "text", print)]
+    left_out = json.loads((tmp_path / "out/ledger.json").read_text())["left_out"]
+    assert len(read) == len(written) + left_out and set(written) == set(read)
+    for part in made.parts.values():
+        assert 3 < part.text_bytes / part.tokens < 5, part.name
+        assert part.read(0, 1)[0][0] == 151_849 and part.read(part.tokens - 1, part.tokens)[0][0] == 151_850
