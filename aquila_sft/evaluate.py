@@ -1,22 +1,25 @@
-"""Held-back conversations, language by language: loss of a supervised token, and bits per byte of the answers.
+"""Held-back data, language by language: loss of a target, and bits per byte of the text.
 
-Bits per byte does not depend on the tokenizer, so languages and vocabularies compare: nats of the answers' tokens
-(their turn ends left out) / ln 2 / UTF-8 bytes of the answers.
+Bits per byte does not depend on the tokenizer, so languages and vocabularies compare: nats of the text's tokens (turn
+ends and document ends left out) / ln 2 / UTF-8 bytes of the text.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 
 from aquila_sft import runtime
+from aquila_sft.data import text_rows
 from aquila_sft.data.rows import IGNORE, PackedRows
+from aquila_sft.data.text_rows import TextRows
 from aquila_sft.swap import targets_of
 
+Autocast = Callable[[], AbstractContextManager]
 
-@torch.no_grad()
+
 def answers(
     model: torch.nn.Module,
     parts: dict[str, PackedRows],
@@ -25,36 +28,103 @@ def answers(
     rows_at_once: int,
     pad_id: int,
     turn_end_id: int,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Autocast,
 ) -> dict[str, dict[str, float]]:
-    """{language: {loss, bits_per_byte, answer_bytes}}; every process takes its share of rows, all get the sums.
+    """{language: {loss, bits_per_byte, answer_bytes}} of held-back conversations.
 
     loss: mean nats of a supervised token, turn ends included. A model with swap.install_loss; left in the mode it had.
+    Every process takes its share of rows, all get the sums.
     """
+
+    def batches(rows: PackedRows) -> Iterable[dict]:
+        for chosen in shared(len(rows), rows_at_once):
+            batch = rows.batch(chosen, length, pad_id)
+            yield batch | {"targets": targets_of(batch.pop("labels"))}
+
+    results = {}
+    for language, rows in sorted(parts.items()):
+        total, tokens, inner, _ = nats(model, batches(rows), turn_end_id, autocast)
+        answer_bytes = int(rows.bytes.sum())
+        results[language] = {
+            "loss": total / tokens,
+            "answer_bytes": answer_bytes,
+            "bits_per_byte": inner / math.log(2) / answer_bytes,
+        }
+    return results
+
+
+def text(
+    model: torch.nn.Module,
+    parts: dict[str, TextRows],
+    *,
+    max_bytes: int,
+    rows_at_once: int,
+    pad_id: int,
+    marks: tuple[int | None, int | None],
+    autocast: Autocast,
+) -> dict[str, dict[str, float]]:
+    """{part: {loss, bits_per_byte, text_bytes}} of held-back documents, about the first `max_bytes` of each part.
+
+    marks: the tokens that begin and end a document, None where there is none. Without one at the beginning the first
+    token of a text is predicted by nothing; it counts as an average one.
+    """
+    marks_a_document = sum(mark is not None for mark in marks)
+    results = {}
+    for name, rows in sorted(parts.items()):
+        part = rows.part
+        share = min(1.0, max_bytes / part.text_bytes)
+        count = math.ceil(len(rows) * share)
+
+        def batches(rows: TextRows = rows, count: int = count) -> Iterable[dict]:
+            for chosen in shared(count, rows_at_once):
+                yield text_rows.batch([(rows, row) for row in chosen], rows.length, pad_id)
+
+        total, tokens, inner, inner_tokens = nats(model, batches(), marks[1], autocast)
+        text_tokens = part.tokens - part.documents * marks_a_document
+        results[name] = {
+            "loss": total / tokens,
+            "text_bytes": round(part.text_bytes * count / len(rows)),
+            "bits_per_byte": inner / inner_tokens * text_tokens / math.log(2) / part.text_bytes,
+        }
+    return results
+
+
+def shared(count: int, at_once: int) -> Iterable[list[int]]:
+    """This process's share of 0 … count - 1, in lists of at most `at_once`."""
+    mine = list(range(runtime.rank(), count, runtime.world_size()))
+    for start in range(0, len(mine), at_once):
+        yield mine[start : start + at_once]
+
+
+@torch.no_grad()
+def nats(
+    model: torch.nn.Module, batches: Iterable[dict], end_id: int | None, autocast: Autocast
+) -> tuple[float, float, float, float]:
+    """(nats, targets, nats without those of `end_id`, targets without `end_id`), summed over all processes."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    results = {}
-    for language, rows in sorted(parts.items()):
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, supervised tokens, nats without turn ends
-        mine = list(range(runtime.rank(), len(rows), runtime.world_size()))
-        for start in range(0, len(mine), rows_at_once):
-            batch = {k: v.to(device) for k, v in rows.batch(mine[start : start + rows_at_once], length, pad_id).items()}
-            targets = targets_of(batch.pop("labels"))
-            with autocast():
-                nats = model(**batch, targets=targets, per_token=True).loss
-            sums += torch.stack(
-                [nats.double().sum(), (targets != IGNORE).sum().double(), nats.double()[targets != turn_end_id].sum()]
-            ).cpu()
-        if runtime.world_size() > 1:
-            sums = sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
-            dist.all_reduce(sums)
-            sums = sums.cpu()
-        answer_bytes = int(rows.bytes.sum())
-        results[language] = {
-            "loss": (sums[0] / sums[1]).item(),
-            "answer_bytes": answer_bytes,
-            "bits_per_byte": sums[2].item() / math.log(2) / answer_bytes,
-        }
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        targets = batch["targets"]
+        with autocast():
+            lost = model(**batch, per_token=True).loss.double()
+        counted = targets != IGNORE
+        inner = counted if end_id is None else counted & (targets != end_id)
+        sums += torch.stack([lost.sum(), counted.sum().double(), lost[inner].sum(), inner.sum().double()]).cpu()
     model.train(was_training)
-    return results
+    if runtime.world_size() > 1:
+        sums = sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        dist.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def by_language(metrics: dict) -> dict[str, dict[str, float]]:
+    """{"eval_loss_en": 1, "eval_bits_per_byte_en": 2} -> {"eval_loss": {"en": 1}, "bits_per_byte": {"en": 2}}"""
+    table: dict[str, dict[str, float]] = {"bits_per_byte": {}, "eval_loss": {}}
+    for key, value in metrics.items():
+        for prefix, name in (("eval_bits_per_byte_", "bits_per_byte"), ("eval_loss_", "eval_loss")):
+            if key.startswith(prefix):
+                table[name][key.removeprefix(prefix)] = round(value, 4)
+    return table

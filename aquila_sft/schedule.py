@@ -1,8 +1,8 @@
 """Learning rate as a pure function of the step: what optim.lr is multiplied with.
 
-1 |   /‾‾‾\\__          cosine, linear, constant after a linear warm-up; the first step already moves,
-  |  /       \\__       and the rate reaches min_lr_ratio when the last step is done, not before
-  +------------------> step
+1 |   /‾‾‾\\__          cosine, linear, one_minus_sqrt, constant after a linear warm-up; wsd stays up until its last
+  |  /       \\__       decay_steps. The first step already moves, and the rate reaches min_lr_ratio when the last
+  +------------------> step is done, not before
 """
 
 import math
@@ -21,10 +21,15 @@ def multiplier(step: int, schedule: Schedule, total_steps: int) -> float:
     warmup = warmup_steps(schedule, total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    kind, begin = schedule.kind, warmup
+    if kind is ScheduleKind.wsd:
+        decay = schedule.decay_steps * total_steps if schedule.decay_steps < 1 else schedule.decay_steps
+        kind, begin = schedule.decay_kind, max(warmup, total_steps - int(decay))
+    progress = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
     fallen = {
         ScheduleKind.constant: 0.0,
         ScheduleKind.linear: progress,
+        ScheduleKind.one_minus_sqrt: math.sqrt(progress),  # Hägele et al., 2024, arXiv 2405.18392
         ScheduleKind.cosine: (1 - math.cos(math.pi * progress)) / 2,
-    }[schedule.kind]
+    }[kind]
     return 1 - (1 - schedule.min_lr_ratio) * fallen

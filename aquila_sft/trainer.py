@@ -30,39 +30,12 @@ from trl import SFTConfig, SFTTrainer
 from aquila_sft import checkpoint, runtime, schedule, swap
 from aquila_sft.config import Precision, SftRun
 from aquila_sft.data.rows import PackedRows, RowOrder
-from aquila_sft.device import Choices, micro_batch_rows, peak_memory_bytes
+from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import UserError
 from aquila_sft.log import Bar, MetricsFile
 from aquila_sft.model import state_rope_theta
+from aquila_sft.plan import Plan
 from aquila_sft.tokenizer import save_tokenizer
-
-
-class Plan:
-    """How many steps of how many rows, from lengths given in steps, tokens or epochs."""
-
-    def __init__(self, cfg: SftRun, num_rows: int, device: str) -> None:
-        train, world = cfg.train, runtime.world_size()
-        self.rows_per_step = train.tokens_per_step // train.max_length
-        if self.rows_per_step % world:
-            unit = world * train.max_length
-            raise UserError(
-                f"train.tokens_per_step={train.tokens_per_step} is not a multiple of processes x "
-                f"train.max_length = {world} x {train.max_length} = {unit}; use "
-                f"{-(-train.tokens_per_step // unit) * unit}"
-            )
-        self.micro_rows = micro_batch_rows(train, self.rows_per_step // world, device)
-        self.accumulation = self.rows_per_step // world // self.micro_rows
-        if train.num_epochs is not None:
-            self.end = math.ceil(num_rows * train.num_epochs)  # in places: rows to be trained on
-            self.steps = math.ceil(self.end / self.rows_per_step)
-        else:
-            tokens = train.total_tokens or 0
-            self.steps = train.max_steps or math.ceil(tokens / train.tokens_per_step)
-            self.end = self.steps * self.rows_per_step
-        if cfg.debug == "smoke":
-            self.steps = min(self.steps, 2)
-        self.places = self.steps * self.rows_per_step
-        self.epochs = self.places / num_rows
 
 
 def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTConfig:

@@ -1,0 +1,56 @@
+"""A part's stream of tokens as rows of a fixed length, for training and for bits per byte.
+
+    stream  a b c . d e f g . h i      documents "a b c ." and "d e f g ." and …,  rows of 4
+    row 0   a b c .  predicts  b c . –       the first token of a document is predicted by nothing
+    row 1   d e f g  predicts  e f g .
+    row 2   . h i    predicts  – i –         a document may go on in the next row, its positions begin again there
+
+Every token but the first of a document is a target exactly once: nothing is cropped.
+"""
+
+import numpy as np
+
+from aquila_sft.data.rows import IGNORE
+from aquila_sft.data.shards import Part
+
+
+class TextRows:
+    """The rows of one part."""
+
+    def __init__(self, part: Part, length: int) -> None:
+        self.part, self.length = part, length
+
+    def __len__(self) -> int:
+        return -(-self.part.tokens // self.length)
+
+    def fill(self, row: int, ids: np.ndarray, targets: np.ndarray, positions: np.ndarray) -> None:
+        """Write one row into int64 [length] arrays; what lies behind the stream's end is left as it is."""
+        start = row * self.length
+        tokens, begins = self.part.read(start, min(start + self.length + 1, self.part.tokens))
+        size = min(self.length, len(tokens))
+        ids[:size] = tokens[:size]
+        targets[: len(tokens) - 1] = np.where(begins[1:], IGNORE, tokens[1:])
+        at = np.arange(size)
+        positions[:size] = at - np.maximum.accumulate(np.where(begins[:size], at, 0))
+        positions[size:] = np.arange(self.length - size)
+
+
+def batch(rows: list[tuple[TextRows, int] | None], length: int, pad_id: int) -> dict:
+    """input_ids, position_ids, targets, int64 [len(rows), length]; None is a blank row.
+
+    Positions restart at every document and at the padding, which is what isolates them (see PackedRows.batch).
+    targets: what each position has to predict, -100 where nothing.
+    """
+    import torch
+
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    positions = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
+    for b, place in enumerate(rows):
+        if place is not None:
+            place[0].fill(place[1], ids[b], targets[b], positions[b])
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "targets": torch.from_numpy(targets),
+    }

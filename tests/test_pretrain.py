@@ -1,0 +1,310 @@
+"""recipe=pretrain and recipe=anneal as a user runs them: what they leave, how they go on, what they refuse."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SENTENCES, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aquila_sft.data.rows import IGNORE
+from aquila_sft.data.shards import PartWriter, Prepared
+from aquila_sft.data.text_rows import TextRows, batch
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *map(str, words)]
+
+
+def run(*words, timeout=180, **env):
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=ENV | env)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """recipe=prepare's output: two sources, one of them in two languages."""
+    folder = tmp_path_factory.mktemp("shards")
+    tiny_tokenizer(folder / "tok")
+    english = [line for line in SENTENCES if line.isascii()]
+    chinese = [line for line in SENTENCES if not line.isascii()]
+    for name, lines in (("wiki", english + chinese), ("notes", english)):
+        records = [{"text": " ".join(lines[i:] + lines[:i])} for i in range(len(lines))]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
+        )
+    for i, lines in enumerate((english, chinese)):  # documents of one language each
+        with open(folder / "wiki.jsonl", "w" if i == 0 else "a", encoding="utf-8") as file:
+            for at in range(30):
+                text = " ".join((lines[at % len(lines) :] + lines)[:8])
+                file.write(json.dumps({"text": f"{at}. {text}"}, ensure_ascii=False) + "\n")
+    done = run(
+        "recipe=prepare",
+        "scale=mini",
+        f"data.files={{wiki: {folder}/wiki.jsonl, notes: {folder}/notes.jsonl}}",
+        f"tokenizer.path={folder}/tok",
+        f"output_dir={folder}/prepared",
+        "prepare.holdout_fraction=0.1",
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "prepared" / "final"
+
+
+def words(shards, out, *more, recipe="pretrain") -> list[str]:
+    settings = {
+        "recipe": recipe,
+        "scale": "mini",
+        "data.shards": shards,
+        "output_dir": out,
+        "data.sources": "{wiki: 1}",
+        "train.max_length": 64,
+        "train.tokens_per_step": 512,
+        "train.max_steps": STEPS,
+        "train.micro_batch_rows": 2,
+        "train.logging_steps": 1,
+        "train.save_steps": 2,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 64,
+        "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 1,
+        "model.head_dim": 16,
+        "model.num_hidden_layers": 2,
+    }
+    settings |= dict(word.split("=", 1) for word in more)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain") / "run"
+    return out, run(*words(shards, out))
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b):
+    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_leaves_what_the_contract_names(unbroken):
+    folder, done = unbroken
+    assert done.returncode == 0, done.stderr
+    names = [p.name for p in sorted((folder / "checkpoints").iterdir())]
+    assert names == ["step-000002", "step-000004", "step-000006", "step-000008"]
+    told = summary(folder)
+    assert (told["status"], told["recipe"], told["steps"], told["tokens"]) == ("done", "pretrain", STEPS, STEPS * 512)
+    assert told["demo"] is True and told["loss"] < told["first_loss"]
+    assert set(told["bits_per_byte"]) == {"en", "zh", "wiki.en", "wiki.zh"}
+    assert all(told["bits_per_byte"][k] < told["before"]["bits_per_byte"][k] for k in ("en", "zh"))
+    trained = [m for m in metrics(folder) if "loss" in m]
+    assert [m["step"] for m in trained] == list(range(1, STEPS + 1))
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"} <= set(trained[0])
+    assert all(m["lr"] == 3e-3 for m in trained)  # 2 % of 8 steps is no warm-up, and nothing decays here
+    ledger = json.loads((folder / "ledger.json").read_text())
+    rows = {name: part["tokens"] // 64 for name, part in ledger["parts"].items()}
+    assert sum(rows.values()) == STEPS * 8 and set(rows) == {"wiki.en", "wiki.zh"}
+    assert "demo: true" in (folder / "final/README.md").read_text()
+    assert "scale=135m" in done.stdout.splitlines()[0] and "scale=135m" in done.stdout.splitlines()[-1]
+
+
+def test_every_checkpoint_and_final_load_in_stock_transformers(unbroken):
+    folder, _ = unbroken
+    for path in (*sorted((folder / "checkpoints").iterdir()), folder / "final"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        ids = tokenizer("The river", return_tensors="pt")["input_ids"]
+        assert torch.isfinite(model(ids).logits).all()
+    assert not [f for f in (folder / "final").iterdir() if f.suffix in (".bin", ".pt", ".py")]
+
+
+def test_bits_per_byte_are_those_of_plain_logits(unbroken, shards):
+    """Held-back documents one by one, through transformers' own forward pass, without packing."""
+    folder, _ = unbroken
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    for name, part in Prepared(shards).held_back.items():
+        if not name.startswith("wiki"):
+            continue
+        tokens, begins = part.read(0, part.tokens)
+        starts = [*np.flatnonzero(begins), len(tokens)]
+        nats = 0.0
+        for first, last in zip(starts, starts[1:], strict=False):
+            for row in range(first, last, 1):
+                # rows of 64 cut a document where the stream's rows end: the context begins anew there
+                context = max(first, row // 64 * 64)
+                if row + 1 < last - 1:  # the end mark is not text
+                    logits = model(torch.from_numpy(tokens[context : row + 1])[None]).logits[0, -1]
+                    nats -= torch.log_softmax(logits.float(), -1)[tokens[row + 1]].item()
+        expected = nats / math.log(2) / part.text_bytes
+        assert summary(folder)["bits_per_byte"][name] == pytest.approx(expected, rel=0.02)  # bf16 products
+
+
+def test_rows_hold_every_token_once_and_restart_positions_at_documents(tmp_path):
+    documents = [[1, 10, 11, 2], [1, 12, 13, 14, 15, 2], [1, 16, 2]]
+    folder = tmp_path / "train" / "a.en"
+    about = {"vocab_size": 20, "tokenizer_sha256": "x", "source": "a", "language": "en"}
+    with PartWriter(folder, shard_tokens=5, **about) as writer:
+        for ids in documents:
+            writer.add(ids, 3)
+    from aquila_sft.data.shards import Part
+
+    rows = TextRows(Part("a.en", writer.paths), 4)
+    assert len(rows) == 4
+    made = batch([(rows, r) for r in range(4)] + [None], 4, pad_id=0)
+    assert made["input_ids"].tolist() == [[1, 10, 11, 2], [1, 12, 13, 14], [15, 2, 1, 16], [2, 0, 0, 0], [0, 0, 0, 0]]
+    assert made["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]]
+    x = IGNORE
+    assert made["targets"].tolist() == [[10, 11, 2, x], [12, 13, 14, 15], [2, x, 16, 2], [x, x, x, x], [x, x, x, x]]
+    predicted = [t for row in made["targets"].tolist() for t in row if t != x]
+    assert sorted(predicted) == sorted(t for d in documents for t in d[1:])
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_end_bitwise_where_the_unbroken_run_ends(unbroken, shards, tmp_path):
+    whole, _ = unbroken
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*words(shards, out)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (out / "checkpoints/step-000004").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (out / "final").exists()
+    again = run(*words(shards, out))
+    assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
+    assert same_weights(out / "final", whole / "final")
+    pairs = zip(metrics(out), metrics(whole), strict=True)
+    assert all(a.get("loss") == b.get("loss") and a["step"] == b["step"] for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_exits_with_3(shards, tmp_path):
+    out = tmp_path / "run"
+    more = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9")
+    process = subprocess.Popen(
+        command(*words(shards, out, *more)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 3 and "Traceback" not in told
+    assert summary(out)["status"] == "stopped"
+    (saved,) = (out / "checkpoints").iterdir()
+    assert metrics(out)[-1]["step"] == int(saved.name[5:])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(unbroken, shards, tmp_path):
+    whole, _ = unbroken
+    out = tmp_path / "two"
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    done = subprocess.run(
+        [*two, *command(*words(shards, out))[1:]], capture_output=True, text=True, timeout=300, env=ENV
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [[m["loss"] for m in metrics(f) if "loss" in m] for f in (out, whole)]
+    # the same rows and the same sums; only their order differs, which bf16 products round differently
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert summary(out)["bits_per_byte"] == pytest.approx(summary(whole)["bits_per_byte"], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_portioning_a_step_does_not_change_it(unbroken, shards, tmp_path):
+    whole, _ = unbroken
+    done = run(*words(shards, tmp_path / "run", "train.micro_batch_rows=8", "train.precision=fp32"))
+    small = run(*words(shards, tmp_path / "small", "train.micro_batch_rows=1", "train.precision=fp32"))
+    assert done.returncode == small.returncode == 0, done.stderr + small.stderr
+    losses = [[m["loss"] for m in metrics(tmp_path / f) if "loss" in m] for f in ("run", "small")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_anneal_begins_at_any_checkpoint_with_its_moments_and_lets_the_rate_fall(unbroken, shards, tmp_path):
+    trunk, _ = unbroken
+    out = tmp_path / "anneal"
+    base = trunk / "checkpoints/step-000004"
+    more = (f"model.path={base}", "data.sources={notes: 1, wiki: 1}", "train.max_steps=4")
+    done = run(*words(shards, out, *more, recipe="anneal"))
+    assert done.returncode == 0, done.stderr
+    assert f"optimizer: the moments of {base}" in done.stdout
+    told = [m for m in metrics(out) if "loss" in m]
+    assert [m["lr"] for m in told] == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
+    before = next(m for m in metrics(out) if "eval_bits_per_byte_en" in m)
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert set(ledger["parts"]) == {"notes.en", "wiki.en", "wiki.zh"}
+    # it is that checkpoint's model: after four steps, not after none and not after eight
+    assert before["eval_bits_per_byte_wiki.zh"] < summary(trunk)["before"]["bits_per_byte"]["wiki.zh"]
+    assert before["eval_bits_per_byte_wiki.zh"] > summary(trunk)["bits_per_byte"]["wiki.zh"]
+    from_final = run(
+        *words(shards, tmp_path / "final", f"model.path={trunk / 'final'}", "train.max_steps=1", recipe="anneal")
+    )
+    assert "optimizer: begins anew" in from_final.stdout
+
+
+def test_the_same_command_reuses_a_finished_run_and_another_is_refused(unbroken, shards):
+    folder, _ = unbroken
+    again = run(*words(shards, folder))
+    assert again.returncode == 0 and "reused" in again.stdout
+    other = run(*words(shards, folder, "data.block_rows=50"))
+    assert other.returncode == 2 and "data.block_rows: 100 there, 50 now" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (["train.max_steps=5000"], "data.max_epochs=50"),
+        (["data.sources={books: 1}"], "the shards have no such source; they have notes, wiki"),
+        (["train.max_length=1024", "train.tokens_per_step=1024"], "512 positions"),
+        (["data.shards=/no/where"], "/no/where"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_one_line_and_leaves_the_directory_free(shards, tmp_path, more, told):
+    done = run(*words(shards, tmp_path / "run", *more))
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run/checkpoints").exists() or not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(unbroken, shards, tmp_path):
+    from tiny import tiny_model
+
+    from aquila_sft.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(shards / "tokenizer")
+    tokenizer.add_tokens(["<|another|>"])
+    tiny_model(tmp_path / "other", tokenizer)
+    done = run(*words(shards, tmp_path / "run", f"model.path={tmp_path / 'other'}", recipe="anneal"))
+    assert done.returncode == 2 and "another vocabulary" in done.stderr, done.stderr
+
+
+def test_a_damaged_shard_stops_with_its_name(shards, tmp_path):
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "shards")
+    file = next((tmp_path / "shards/train").glob("wiki.zh/*.shard"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+    done = run(*words(tmp_path / "shards", tmp_path / "run"))
+    assert done.returncode == 2 and str(file) in done.stderr and "Traceback" not in done.stderr, done.stderr
