@@ -13,6 +13,9 @@ $(BIN)/activate: pyproject.toml constraints.txt
 
 install: $(BIN)/activate   ## virtual environment in .venv with everything the tests need
 
+demo: install    ## five minutes on two CPU cores: tokenizer, shards, pretraining, annealing, tuning, and a model to talk to
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py recipe=sft
+
 test: install    ## every test that needs no GPU (AQUILA_REAL_DATA=<folder> adds those on real data)
 	$(BIN)/python -m pytest -m 'not gpu'
 
@@ -31,4 +34,4 @@ gpu: install     ## on a machine with a GPU: correctness, kernel table, throughp
 clean:           ## remove caches and the virtual environment; runs under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
 
-.PHONY: help install test test-fast lint bench gpu clean
+.PHONY: help install demo test test-fast lint bench gpu clean

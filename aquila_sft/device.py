@@ -23,8 +23,12 @@ class Choices:
     reasons: list[str]
 
 
+def of_this_machine() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def choose(train: Train) -> Choices:
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = of_this_machine()
     precision, why_precision = choose_precision(train.precision, device)
     attention, why_attention = choose_attention(train.attention, device)
     return Choices(

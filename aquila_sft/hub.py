@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aquila_sft.config import nearest
+from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"

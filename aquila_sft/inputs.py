@@ -8,13 +8,10 @@ from pathlib import Path
 
 from aquila_sft import hub, run_dir, runtime
 from aquila_sft.config import SftRun
-from aquila_sft.data import sources
+from aquila_sft.data import sources, world
 from aquila_sft.errors import UserError
 
-THREE_WAYS = (
-    "give data.files=<conversations> and model.path=<folder> (or model.path=random with tokenizer=aquila "
-    "tokenizer.ranks=<file>), or scale=135m for Aquila-135M and Infinity-Instruct from the Hub"
-)
+BASE_FILES = ("config.json", "*.safetensors")  # what a base model is, apart from its vocabulary
 
 
 @dataclasses.dataclass
@@ -25,30 +22,25 @@ class Inputs:
     tokenizer: Path | None  # folder, or tiktoken ranks; None: the base's own
     data: list[Path]
     origin: dict  # Hub repositories and commits, for the record
+    questions: Path | None = None  # the bundled world's test
 
     def contents(self) -> dict[str, str]:
         """Content hashes for the run's identity."""
-
-        def folder(path: Path, *patterns: str) -> str:
-            return run_dir.files_sha256(sorted(f for p in patterns for f in path.glob(p)))
-
         vocabulary = self.tokenizer or self.base
         names = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
         return {
             "data": run_dir.files_sha256(self.data),
-            "base": folder(self.base, "config.json", "*.safetensors") if self.base else "random",
-            "vocabulary": folder(vocabulary, *names) if vocabulary.is_dir() else run_dir.files_sha256([vocabulary]),
+            "base": run_dir.folder_sha256(self.base, *BASE_FILES) if self.base else "random",
+            "vocabulary": run_dir.folder_sha256(vocabulary, *names)
+            if vocabulary.is_dir()
+            else run_dir.files_sha256([vocabulary]),
         }
 
 
 def find_inputs(cfg: SftRun) -> Inputs:
     """Base, tokenizer and data as local files. Raises UserError with the ways on when one is missing."""
-    if cfg.data.files is None and cfg.data.manifest is None:
-        raise UserError(
-            f"data.files is not set, and scale={cfg.scale} brings no conversations of its own: {THREE_WAYS}"
-        )
-    if cfg.model.path is None:
-        raise UserError(f"model.path is not set, and scale={cfg.scale} brings no base model of its own: {THREE_WAYS}")
+    if cfg.data.files is None and cfg.data.manifest is None and cfg.data.bundled is None:
+        raise UserError("data.files, data.manifest and data.bundled are all null: give data.files=<conversations>")
     chosen = cfg.tokenizer.ranks or cfg.tokenizer.path
     if chosen is None and cfg.model.path == "random":
         raise UserError(
@@ -62,8 +54,12 @@ def find_inputs(cfg: SftRun) -> Inputs:
             f"{'file' if cfg.tokenizer.ranks else 'folder'}"
         )
     origin: dict = {}
+    questions = None
     if cfg.data.files is not None:
         files = sources.find(cfg.data.files)
+    elif cfg.data.bundled == "world":
+        written = world.write(Path(f"outputs/{cfg.scale}/world"))
+        files, questions = [written["conversations"]], written["questions"]
     else:
         fetched = hub.dataset_files(cfg.data.manifest, cfg.data.subset)
         files = fetched.files
@@ -76,7 +72,7 @@ def find_inputs(cfg: SftRun) -> Inputs:
     base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
     if base is not None:
         origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
-    return Inputs(base, vocabulary, files, origin)
+    return Inputs(base, vocabulary, files, origin, questions)
 
 
 def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):

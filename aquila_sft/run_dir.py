@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from aquila_sft import runtime
-from aquila_sft.errors import UserError
+from aquila_sft import checkpoint, runtime
+from aquila_sft.errors import Stopped, UserError
 
 # Settings that cannot change the weights, or that the identity holds by content instead of by name.
 NOT_IDENTITY = {
@@ -40,8 +40,11 @@ NOT_IDENTITY = {
     "debug",
     "demo",
     "data.files",
+    "data.bundled",
     "data.manifest",
     "data.subset",
+    "data.shards",
+    "data.eval_bytes",
     "model.path",
     "model.revision",
     "tokenizer.path",
@@ -57,7 +60,7 @@ NOT_IDENTITY = {
 
 # What a run makes. Only these are ever moved or deleted; whatever else lies in the directory is the user's.
 MADE = (
-    *("config.yaml", "env.json", "identity.json", "metrics.jsonl", "summary.json", "ledger.json"),
+    *("config.yaml", "env.json", "identity.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
     *("checkpoints", "final", "adapter", "data", "tokenizer", "tensorboard"),
 )
 PREVIOUS = ".previous"  # an overwritten run waits here until the new one has begun
@@ -83,8 +86,38 @@ class RunDir:
     def is_finished(self) -> bool:
         return self.summary().get("status") == "done" and self.final.is_dir()
 
+    def settings(self) -> dict:
+        """The settings of the run that is there, as identity_of has them, contents left out."""
+        path = self.path / "config.yaml"
+        there = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+        return {key: value for key, value in flat(there).items() if key not in NOT_IDENTITY}
+
     def write_summary(self, **figures: Any) -> None:
         write_json(self.path / "summary.json", figures)
+
+    def final_is_whole(self) -> bool:
+        """False, after moving it aside, for a final/ whose files are not as they were written."""
+        wrong = checkpoint.problem(self.final)
+        if wrong and runtime.is_main():
+            aside = self.final.with_name("damaged-final")
+            remove(aside)
+            self.final.rename(aside)
+            runtime.say(f"{self.final} is damaged ({wrong}): moved to {aside}, and made again")
+        return wrong is None
+
+    @contextlib.contextmanager
+    def recorded(self, cfg: Any) -> Iterator[None]:
+        """summary.json tells how the run stands, whatever ends it: running, done, stopped or failed."""
+        about = {"stage": cfg.stage, "recipe": cfg.recipe, "scale": cfg.scale, "demo": cfg.demo}
+        if runtime.is_main():
+            self.write_summary(status="running", **about)
+        try:
+            yield
+        except BaseException as error:
+            if runtime.is_main():
+                status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+                self.write_summary(status=status, **about, reason=str(error) or type(error).__name__)
+            raise
 
     def begin(self) -> None:
         """Every check has passed: from now on this directory is this run's, and an overwritten one is gone."""
@@ -231,6 +264,11 @@ def files_sha256(files: list[Path]) -> str:
         with open(file, "rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
+
+
+def folder_sha256(folder: Path, *patterns: str) -> str:
+    """One hash over the files of a folder that match, in order of pattern and name."""
+    return files_sha256(sorted(file for pattern in patterns for file in folder.glob(pattern)))
 
 
 def environment() -> dict:

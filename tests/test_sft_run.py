@@ -140,7 +140,7 @@ def test_a_finished_run_is_reused_and_another_configuration_refused(unbroken, wo
     assert again.returncode == 0 and "reused" in again.stdout
     other = run(words(world, folder, "optim.lr=0.1"))
     assert other.returncode == 2
-    assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.001 there, 0.1 now" in other.stderr
+    assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.002 there, 0.1 now" in other.stderr
     assert (folder / "final/model.safetensors").stat().st_mtime_ns == before
     assert summary(folder)["status"] == "done"
 

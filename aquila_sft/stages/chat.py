@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquila_sft import runtime
+from aquila_sft import prerequisites, runtime
 from aquila_sft.chat_template import Message, render_runs
 from aquila_sft.config import ChatRun, Generate, Model
 from aquila_sft.errors import Stopped, UserError
@@ -41,6 +41,8 @@ def run(cfg: ChatRun, compose_run: Callable) -> None:
             f"recipe=chat runs in one process, and {runtime.world_size()} were started; use python train.py recipe=chat"
         )
     asked = read_asked(cfg)
+    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to stdout
+        prerequisites.fill(cfg, compose_run)
     runtime.settle(offline=is_local(cfg.model.path))
     try:
         folder = find_model(cfg.model, cfg.scale)

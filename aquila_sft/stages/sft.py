@@ -6,11 +6,11 @@ inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> trai
 import contextlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aquila_sft import checkpoint, hub, run_dir, runtime
+from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
 from aquila_sft.config import SftRun
 from aquila_sft.data import sft_set
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 
 def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
-    local = cfg.data.files is not None and not hub.needs_hub(cfg.model.path)
+    has_data = cfg.data.files is not None or cfg.data.bundled is not None
+    local = has_data and not (cfg.model.path and hub.needs_hub(cfg.model.path))
     runtime.settle(offline=local)
-    runtime.say(f"recipe={cfg.recipe} scale={cfg.scale}{' (demo)' if cfg.demo else ''}: {cfg.output_dir}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
+            prerequisites.fill(cfg, compose_run)
+            narration.opening(cfg)
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
@@ -44,9 +46,9 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
                 out = run_dir.RunDir(Path(cfg.output_dir))
-            if out.is_finished() and is_whole(out.final):
+            if out.is_finished() and out.final_is_whole():
                 return closing(cfg, out, "is finished and of the same configuration: reused, nothing done")
-            stack.enter_context(recorded(cfg, out))
+            stack.enter_context(out.recorded(cfg))
             if main:
                 checkpoint.clear_leftovers(out.checkpoints)
             newest = checkpoint.newest(out.checkpoints)
@@ -95,17 +97,6 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, da
     runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
 
 
-def is_whole(final: Path) -> bool:
-    """False, after moving it aside, for a finished model whose files are not as they were written."""
-    wrong = checkpoint.problem(final)
-    if wrong and runtime.is_main():
-        aside = final.with_name("damaged-final")
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-        runtime.say(f"{final} is damaged ({wrong}): moved to {aside}, made again from the last checkpoint")
-    return wrong is None
-
-
 def train(
     cfg: SftRun,
     inputs: Inputs,
@@ -121,7 +112,8 @@ def train(
     from aquila_sft import chat_template, device, evaluate, swap
     from aquila_sft.config import Precision
     from aquila_sft.log import MetricsFile
-    from aquila_sft.trainer import Plan, SftTrainer
+    from aquila_sft.plan import Plan
+    from aquila_sft.trainer import SftTrainer
 
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     transformers.utils.logging.set_verbosity_error()  # model.load says what does not fit, in one line
@@ -133,7 +125,7 @@ def train(
     net, parameters, trainable = make_model(cfg, inputs, choices, tokenizer)
     rows = PackedRows(out.path / "data" / "train")
     held_back = {p.name: PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
-    plan = Plan(cfg, len(rows), choices.device)
+    plan = Plan(cfg.train, len(rows), choices.device, is_smoke=cfg.debug == "smoke")
     done_steps = checkpoint.step_of(newest) if newest else 0
     runtime.say(
         f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens = {plan.epochs:.2f} "
@@ -186,6 +178,7 @@ def train(
     with checkpoint.room(out.path):
         gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
     if runtime.is_main():
+        graded = take_test(cfg, inputs, out) if inputs.questions else {}
         tokens = trainer.narrator.count_to(plan.steps)
         losses = [m["loss"] for m in logged if "loss" in m]
         evaluations = [m for m in logged if any(k.startswith("eval_") for k in m)]
@@ -204,8 +197,9 @@ def train(
             trained_parameters=trainable,
             loss=losses[-1] if losses else None,
             first_loss=losses[0] if losses else None,
-            **by_language(evaluations[-1] if evaluations else {}),
-            before=by_language(evaluations[0] if evaluations else {}),
+            **evaluate.by_language(evaluations[-1] if evaluations else {}),
+            before=evaluate.by_language(evaluations[0] if evaluations else {}) | graded.get("base", {}),
+            **graded.get("tuned", {}),
             **gate,
             device=choices.device,
             precision=choices.precision.value,
@@ -239,16 +233,6 @@ def make_model(cfg: SftRun, inputs: Inputs, choices: "Choices", tokenizer) -> tu
     return net, parameters, trainable
 
 
-def by_language(metrics: dict) -> dict[str, dict[str, float]]:
-    """{"eval_loss_en": 1, "eval_bits_per_byte_en": 2} -> {"eval_loss": {"en": 1}, "bits_per_byte": {"en": 2}}"""
-    table: dict[str, dict[str, float]] = {"bits_per_byte": {}, "eval_loss": {}}
-    for key, value in metrics.items():
-        for prefix, name in (("eval_bits_per_byte_", "bits_per_byte"), ("eval_loss_", "eval_loss")):
-            if key.startswith(prefix):
-                table[name][key.removeprefix(prefix)] = round(value, 4)
-    return table
-
-
 def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
     """final/, whole or absent; with LoRA the adapter first, then the merged model that passed the gate."""
     from aquila_sft import lora
@@ -266,40 +250,47 @@ def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
     aside = out.path / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
     models.save(net, tokenizer, aside)
-    (aside / "README.md").write_text(model_card(cfg, run_dir.read_json(out.path / "ledger.json")), encoding="utf-8")
+    ledger = run_dir.read_json(out.path / "ledger.json")
+    card = model_card(cfg, ledger["by_language"], f"{ledger['kept']:,} conversations")
+    (aside / "README.md").write_text(card, encoding="utf-8")
     checkpoint.commit(aside, out.final, recipe=cfg.recipe)
     return gate
 
 
-@contextlib.contextmanager
-def recorded(cfg: SftRun, out: run_dir.RunDir) -> Iterator[None]:
-    """summary.json tells how the run stands, whatever ends it: running, done, stopped or failed."""
-    about = {"stage": cfg.stage, "recipe": cfg.recipe, "scale": cfg.scale, "demo": cfg.demo}
-    if runtime.is_main():
-        out.write_summary(status="running", **about)
-    try:
-        yield
-    except BaseException as error:
-        if runtime.is_main():
-            out.write_summary(
-                status="stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed",
-                **about,
-                reason=str(error) or type(error).__name__,
-            )
-        raise
+def take_test(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir) -> dict[str, dict]:
+    """The world's questions, asked of the base and of the model that was saved; figures of each, answers in a file."""
+    from aquila_sft import device, quiz
+    from aquila_sft import model as models
+    from aquila_sft.tokenizer import load_tokenizer
+
+    questions = quiz.read_questions(inputs.questions)
+    replies = {}
+    tokenizer = load_tokenizer(out.final)
+    for name, folder in (("base", inputs.base), ("tuned", out.final)):
+        if folder:
+            net = models.load(folder).to(device.of_this_machine())
+            models.fit_to_tokenizer(net, tokenizer)
+            replies[name] = quiz.ask(net, tokenizer, questions, cfg.tokenizer.system)
+    quiz.write(out.path / quiz.FILE, questions, replies)
+    return {name: quiz.figures(questions, of_model) for name, of_model in replies.items()}
 
 
 def closing(cfg: SftRun, out: run_dir.RunDir, state: str) -> None:
     """The last lines: where the model is, how good, and what to type next."""
+    if not runtime.is_main():
+        return
     summary = out.summary()
-    if figures := summary.get("bits_per_byte"):
-        before = summary["before"]["bits_per_byte"]
-        runtime.say(
-            "bits per byte of held-back answers: "
-            + ", ".join(
-                f"{lang} {before.get(lang, float('nan')):.3f} -> {value:.3f}" for lang, value in figures.items()
-            )
-        )
-    runtime.say(f"{out.final} {state}\n  talk to it: python train.py recipe=chat model.path={out.final}")
-    if cfg.demo:
-        runtime.say("  this was scale=mini; scale=135m is Aquila-135M on Infinity-Instruct")
+    lines = []
+    if "accuracy" in summary:
+        from aquila_sft import quiz
+
+        lines += [
+            "",
+            "the same questions before and after instruction tuning:",
+            *quiz.examples(out.path / quiz.FILE, 4),
+        ]
+        lines += ["", *quiz.table(summary), f"  (all answers: {out.path / quiz.FILE})", ""]
+    elif summary.get("bits_per_byte"):
+        lines.append(f"bits per byte of held-back answers: {narration.before_and_after(summary)}")
+    lines += [f"{out.final} {state}", f"  talk to it: python train.py recipe=chat model.path={out.final}"]
+    narration.closing(cfg, *lines)

@@ -1,0 +1,140 @@
+"""What a recipe needs and was not given: what the recipes before it make, made first where that can be done here.
+
+    tokenizer -> prepare -> pretrain -> anneal -> sft, sft_lora -> chat
+
+`scale=mini` has its text and conversations with it, so all of it can be made; elsewhere what is missing is named. Only
+scale, tokenizer, kernel and debug reach the recipes before: a trial with another learning rate keeps its base.
+"""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from aquila_sft import checkpoint, run_dir, runtime
+from aquila_sft.config import ChatRun, PrepareRun, PretrainRun, Run, SftRun
+from aquila_sft.errors import UserError
+
+NEEDS = {
+    "prepare": ("tokenizer",),
+    "pretrain": ("prepare",),
+    "anneal": ("prepare", "pretrain"),
+    "sft": ("anneal",),
+    "sft_lora": ("anneal",),
+    "chat": ("sft",),
+}
+ComposeRun = Callable[[list[str]], Run]
+
+
+def fill(cfg: Run, compose_run: ComposeRun) -> None:
+    """Set the paths that `cfg` leaves open. The main process makes what is missing; the others call this afterwards.
+
+    Raises UserError when something is missing that cannot be made here.
+    """
+    if not open_needs(cfg):
+        return
+    chain = [name for name in all_needs(cfg.recipe) if name != "tokenizer" or not has_tokenizer(cfg)]
+    runs = {name: compose_run(words(name, cfg)) for name in chain}
+    if cfg.demo and runtime.is_main():
+        with runtime.alone():
+            make(cfg, runs, compose_run)
+    set_paths(cfg, runs)
+
+
+def make(cfg: Run, runs: dict[str, Run], compose_run: ComposeRun) -> None:
+    """Run what is not there yet, in order, and say what is being done."""
+    total = len(runs) + 1
+    missing = [name for name, run in runs.items() if not is_made(run)]
+    if missing:
+        runtime.say(f"recipe={cfg.recipe} scale={cfg.scale}: {total} stages, of which {', '.join(missing)} come first")
+    for number, (name, run) in enumerate(runs.items(), 1):
+        if name not in missing:
+            runtime.say(f"stage {number} of {total}, {name}: reused, {run.output_dir} is finished")
+            continue
+        runtime.say(f"stage {number} of {total}, {name}: python train.py {' '.join(words(name, cfg))}")
+        set_paths(run, runs)
+        importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
+    runtime.say(f"stage {total} of {total}, {cfg.recipe}")
+
+
+def has_tokenizer(cfg: Run) -> bool:
+    tokenizer = getattr(cfg, "tokenizer", None)
+    return bool(tokenizer and (tokenizer.path or tokenizer.ranks))
+
+
+def open_needs(cfg: Run) -> bool:
+    """Whether a path is left open that a recipe before this one would set."""
+    match cfg:
+        case PrepareRun():
+            return not has_tokenizer(cfg)
+        case PretrainRun():
+            return cfg.data.shards is None or cfg.recipe == "anneal" and cfg.model.path is None
+        case SftRun() | ChatRun():
+            return cfg.model.path is None
+    return False
+
+
+def set_paths(cfg: Run, runs: dict[str, Run]) -> None:
+    """The outputs of the recipes before, where `cfg` names none of its own."""
+    match cfg:
+        case PrepareRun() if not has_tokenizer(cfg):
+            cfg.tokenizer.path = made(runs["tokenizer"], cfg)
+        case PretrainRun():
+            cfg.data.shards = cfg.data.shards or made(runs["prepare"], cfg)
+            if cfg.recipe == "anneal" and cfg.model.path is None:
+                cfg.model.path = made(runs["pretrain"], cfg)
+        case SftRun() if cfg.model.path is None:
+            cfg.model.path = made(runs["anneal"], cfg)
+        case ChatRun() if cfg.model.path is None:
+            cfg.model.path = made(runs["sft"], cfg)
+
+
+def made(run: Run, needed_by: Run) -> str:
+    """The folder that a finished recipe left: for an anneal the last checkpoint, with its optimizer, else final/."""
+    if not is_made(run):
+        raise UserError(
+            f"recipe={needed_by.recipe} scale={needed_by.scale} needs what recipe={run.recipe} makes, and "
+            f"{run.output_dir}/final is not there: first run `python train.py recipe={run.recipe} "
+            f"scale={run.scale} …`, or give {GIVEN_BY[run.recipe]}, or try it all with scale=mini"
+        )
+    out = run_dir.RunDir(Path(run.output_dir))
+    if needed_by.recipe == "anneal" and run.recipe == "pretrain" and (newest := checkpoint.newest(out.checkpoints)):
+        return str(newest)
+    return str(out.final)
+
+
+GIVEN_BY = {
+    "tokenizer": "tokenizer.path=<folder>, or tokenizer=aquila tokenizer.ranks=<qwen.tiktoken>",
+    "prepare": "data.shards=<folder>",
+    "pretrain": "model.path=<checkpoint>",
+    "anneal": "model.path=<folder or Hub id>",
+    "sft": "model.path=<folder or Hub id>",
+}
+
+
+def words(recipe: str, cfg: Run) -> list[str]:
+    """The command line of a recipe before `cfg`'s: scale, tokenizer, kernel and debug pass, and name the run."""
+    passed = [f"kernel={cfg.kernel.value}"] if cfg.kernel.value != "auto" else []
+    if tokenizer := getattr(cfg, "tokenizer", None):
+        passed += [
+            f"tokenizer.{name}={value}" for name in ("path", "ranks") if (value := getattr(tokenizer, name)) is not None
+        ]
+    name = [f"run_name={recipe}-{run_dir.digest(dict(enumerate(passed)))[:8]}"] if passed else []
+    return [
+        f"recipe={recipe}",
+        f"scale={cfg.scale}",
+        *passed,
+        *([f"debug={cfg.debug}"] if cfg.debug else []),
+        *name,
+    ]
+
+
+def all_needs(recipe: str) -> tuple[str, ...]:
+    """The recipes before this one, in the order in which they run."""
+    before = [name for need in NEEDS.get(recipe, ()) for name in (*all_needs(need), need)]
+    return tuple(dict.fromkeys(before))
+
+
+def is_made(run: Run) -> bool:
+    """Finished, with these settings; contents are checked by whoever reads them."""
+    out = run_dir.RunDir(Path(run.output_dir))
+    return out.is_finished() and out.settings() == run_dir.identity_of(run)
