@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from aquila_sft import checkpoint, run_dir, runtime
+from aquila_sft import checkpoint, narration, run_dir, runtime
 from aquila_sft.config import ChatRun, PrepareRun, PretrainRun, Run, SftRun
 from aquila_sft.errors import UserError
 
@@ -45,15 +45,15 @@ def make(cfg: Run, runs: dict[str, Run], compose_run: ComposeRun) -> None:
     total = len(runs) + 1
     missing = [name for name, run in runs.items() if not is_made(run)]
     if missing:
-        runtime.say(f"recipe={cfg.recipe} scale={cfg.scale}: {total} stages, of which {', '.join(missing)} come first")
+        runtime.say(f"{total} stages: {', '.join(missing)} {'comes' if len(missing) == 1 else 'come'} first")
     for number, (name, run) in enumerate(runs.items(), 1):
         if name not in missing:
             runtime.say(f"stage {number} of {total}, {name}: reused, {run.output_dir} is finished")
             continue
-        runtime.say(f"stage {number} of {total}, {name}: python train.py {' '.join(words(name, cfg))}")
-        set_paths(run, runs)
-        importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
-    runtime.say(f"stage {total} of {total}, {cfg.recipe}")
+        with narration.stage(number, total, run):
+            set_paths(run, runs)
+            importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
+    runtime.say(f"{chr(10) if missing else ''}stage {total} of {total}, {cfg.recipe} -> {cfg.output_dir}")
 
 
 def has_tokenizer(cfg: Run) -> bool:

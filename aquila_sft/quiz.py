@@ -102,17 +102,17 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def examples(path: Path, count: int) -> list[str]:
-    """The first fact of `count` relations in each language, in words: what was asked, said before, said after."""
-    lines, seen = [], {}
+    """Of `count` relations, evenly spaced, the first fact in each language: what was asked, said before, said after."""
+    first: dict[str, dict[str, dict]] = {}
     for item in read_questions(path):
-        told = seen.setdefault(item["language"], set())
-        if item["kind"] == "fact" and item["relation"] not in told and len(told) < count:
-            told.add(item["relation"])
-            lines += [
-                f"  {item['question']}",
-                f"     before  {brief(item['base'])}" if "base" in item else "     before  –",
-                f"     after   {brief(item['tuned'])}",
-            ]
+        if item["kind"] == "fact":
+            first.setdefault(item["relation"], {}).setdefault(item["language"], item)
+    relations = list(first.values())
+    lines = []
+    for place in range(count):
+        for item in relations[place * len(relations) // count].values():
+            before = brief(item["base"]) if "base" in item else "–"
+            lines += [f"  {item['question']}", f"     before  {before}", f"     after   {brief(item['tuned'])}"]
     return lines
 
 

@@ -25,9 +25,9 @@ def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
     runtime.settle(offline=True)
     if runtime.world_size() > 1:
         raise UserError(f"recipe=prepare is one process's work; {runtime.world_size()} were launched")
+    narration.opening(cfg)
     prerequisites.fill(cfg, compose_run)
     vocabulary = find_vocabulary(cfg)
-    narration.opening(cfg)
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.StopSignal())
         files = documents.find(cfg.data, Path(f"outputs/{cfg.scale}/world"))
@@ -212,5 +212,7 @@ def closing(cfg: PrepareRun, out: run_dir.RunDir, state: str) -> None:
     narration.closing(
         cfg,
         f"{out.final} {state}: {summary['documents']:,} documents, {summary['tokens']:,} tokens",
-        f"  train on it: python train.py recipe=pretrain scale={cfg.scale} data.shards={out.final}",
+        what_next={
+            "train on it": f"accelerate launch train.py recipe=pretrain scale={cfg.scale} data.shards={out.final}"
+        },
     )

@@ -27,8 +27,8 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
-            prerequisites.fill(cfg, compose_run)
             narration.opening(cfg)
+            prerequisites.fill(cfg, compose_run)
             prepared = Prepared(Path(cfg.data.shards))
             base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
             runtime.set_threads(runtime.world_size())
@@ -250,8 +250,13 @@ def closing(cfg: PretrainRun, out: run_dir.RunDir, state: str) -> None:
     """The last lines: where the model is, how good, and what to type next."""
     if not runtime.is_main():
         return
+    following = "anneal" if cfg.recipe == "pretrain" else "sft"
+    base = checkpoint.newest(out.checkpoints) if following == "anneal" else out.final
     narration.closing(
         cfg,
         f"bits per byte of held-back text: {narration.before_and_after(out.summary())}",
         f"{out.final} {state}",
+        what_next={
+            "go on from it": f"accelerate launch train.py recipe={following} scale={cfg.scale} model.path={base}"
+        },
     )

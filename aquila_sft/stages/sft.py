@@ -30,8 +30,8 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
-            prerequisites.fill(cfg, compose_run)
             narration.opening(cfg)
+            prerequisites.fill(cfg, compose_run)
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
@@ -292,5 +292,8 @@ def closing(cfg: SftRun, out: run_dir.RunDir, state: str) -> None:
         lines += ["", *quiz.table(summary), f"  (all answers: {out.path / quiz.FILE})", ""]
     elif summary.get("bits_per_byte"):
         lines.append(f"bits per byte of held-back answers: {narration.before_and_after(summary)}")
-    lines += [f"{out.final} {state}", f"  talk to it: python train.py recipe=chat model.path={out.final}"]
-    narration.closing(cfg, *lines)
+    lines.append(f"{out.final} {state}")
+    what_next = {"talk to it": f"python train.py recipe=chat model.path={out.final}"}
+    if cfg.data.bundled:
+        what_next["the real thing"] = f"accelerate launch train.py recipe={cfg.recipe} scale=135m   (README: mini to 135m)"
+    narration.closing(cfg, *lines, what_next=what_next)

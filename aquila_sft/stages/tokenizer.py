@@ -229,5 +229,7 @@ def closing(cfg: TokenizerRun, out: run_dir.RunDir, state: str) -> None:
     narration.closing(
         cfg,
         f"{state}: {summary['entries']:,} entries",
-        f"use it: python train.py recipe=prepare scale={cfg.scale} tokenizer.path={out.final}",
+        what_next={
+            "make shards with it": f"python train.py recipe=prepare scale={cfg.scale} tokenizer.path={out.final}"
+        },
     )
