@@ -128,3 +128,15 @@ def by_language(metrics: dict) -> dict[str, dict[str, float]]:
             if key.startswith(prefix):
                 table[name][key.removeprefix(prefix)] = round(value, 4)
     return table
+
+
+def of_run(logged: list[dict]) -> dict:
+    """What summary.json says of a run's metrics: loss at its beginning and end, evaluations before and after."""
+    losses = [m["loss"] for m in logged if "loss" in m]
+    evaluations = [m for m in logged if any(key.startswith("eval_") for key in m)] or [{}]
+    return {
+        "loss": losses[-1] if losses else None,
+        "first_loss": losses[0] if losses else None,
+        **by_language(evaluations[-1]),
+        "before": by_language(evaluations[0]),
+    }

@@ -34,26 +34,26 @@ def fill(cfg: Run, compose_run: ComposeRun) -> None:
         return
     chain = [name for name in all_needs(cfg.recipe) if name != "tokenizer" or not has_tokenizer(cfg)]
     runs = {name: compose_run(words(name, cfg)) for name in chain}
-    if cfg.demo and runtime.is_main():
+    talks = isinstance(cfg, ChatRun) and is_finished(runs["sft"])  # whatever it was made with
+    if cfg.demo and runtime.is_main() and not talks:
         with runtime.alone():
             make(cfg, runs, compose_run)
     set_paths(cfg, runs)
 
 
 def make(cfg: Run, runs: dict[str, Run], compose_run: ComposeRun) -> None:
-    """Run what is not there yet, in order, and say what is being done."""
+    """Run the recipes before this one, in order. One that is finished, from the same input, reuses what it made."""
     total = len(runs) + 1
-    missing = [name for name, run in runs.items() if not is_made(run)]
-    if missing:
-        runtime.say(f"{total} stages: {', '.join(missing)} {'comes' if len(missing) == 1 else 'come'} first")
     for number, (name, run) in enumerate(runs.items(), 1):
-        if name not in missing:
-            runtime.say(f"stage {number} of {total}, {name}: reused, {run.output_dir} is finished")
-            continue
         with narration.stage(number, total, run):
             set_paths(run, runs)
-            importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
-    runtime.say(f"{chr(10) if missing else ''}stage {total} of {total}, {cfg.recipe} -> {cfg.output_dir}")
+            try:
+                importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
+            except UserError as error:
+                raise UserError(
+                    f"recipe={name}, needed by recipe={cfg.recipe}: {error}; or give {GIVEN_BY[name]}"
+                ) from None
+    runtime.say(f"\nstage {total} of {total}, {cfg.recipe} -> {cfg.output_dir}")
 
 
 def has_tokenizer(cfg: Run) -> bool:
@@ -90,7 +90,7 @@ def set_paths(cfg: Run, runs: dict[str, Run]) -> None:
 
 def made(run: Run, needed_by: Run) -> str:
     """The folder that a finished recipe left: for an anneal the last checkpoint, with its optimizer, else final/."""
-    if not is_made(run):
+    if not is_finished(run):
         raise UserError(
             f"recipe={needed_by.recipe} scale={needed_by.scale} needs what recipe={run.recipe} makes, and "
             f"{run.output_dir}/final is not there: first run `python train.py recipe={run.recipe} "
@@ -134,7 +134,5 @@ def all_needs(recipe: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(before))
 
 
-def is_made(run: Run) -> bool:
-    """Finished, with these settings; contents are checked by whoever reads them."""
-    out = run_dir.RunDir(Path(run.output_dir))
-    return out.is_finished() and out.settings() == run_dir.identity_of(run)
+def is_finished(run: Run) -> bool:
+    return run_dir.RunDir(Path(run.output_dir)).is_finished()

@@ -86,12 +86,6 @@ class RunDir:
     def is_finished(self) -> bool:
         return self.summary().get("status") == "done" and self.final.is_dir()
 
-    def settings(self) -> dict:
-        """The settings of the run that is there, as identity_of has them, contents left out."""
-        path = self.path / "config.yaml"
-        there = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-        return {key: value for key, value in flat(there).items() if key not in NOT_IDENTITY}
-
     def write_summary(self, **figures: Any) -> None:
         write_json(self.path / "summary.json", figures)
 

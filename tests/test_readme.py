@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
+import pytest
+from tiny import SENTENCES, tiny_conversations, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,39 @@ def test_adapting_a_llama_folder_on_ones_own_jsonl(tmp_path):
     assert json.loads((tmp_path / "outputs/mini/sft-smoke/summary.json").read_text())["steps"] == 2
 
 
+# What the test changes in the commands for the real thing: sizes, and nothing else.
+SMALL_MODEL = (
+    "model.hidden_size=32 model.intermediate_size=64 model.num_attention_heads=2 model.num_key_value_heads=1 "
+    "model.head_dim=16 model.num_hidden_layers=2 model.vocab_size=null"
+)
+SMALL_RUN = "train.max_steps=2 train.max_length=64 train.tokens_per_step=128"
+SMALL = {"pretrain": f"{SMALL_MODEL} {SMALL_RUN}", "anneal": SMALL_RUN, "sft": SMALL_RUN}
+
+
+@pytest.mark.slow
+def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path / "tok")
+    write_ranks(tmp_path / "qwen.tiktoken", tiny_ranks(tokenizer))
+    write_jsonl(tmp_path / "my.jsonl", tiny_conversations(60))
+    for name, is_english in (("en", True), ("zh", False)):
+        lines = [line for line in SENTENCES if line.isascii() is is_english]
+        records = [{"text": " ".join(lines[i:] + lines[:i])} for i in range(len(lines))]
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    found = commands("real")
+    assert [re.search(r"recipe=(\w+)", c)[1] for c in found] == ["tokenizer", "prepare", "pretrain", "anneal", "sft"]
+    program = f"{sys.executable} {ROOT / 'train.py'}"
+    for command in found:
+        more = SMALL.get(re.search(r"recipe=(\w+)", command)[1], "")
+        command = command.replace("accelerate launch train.py", program).replace("python train.py", program)
+        command = re.sub(r"step-\d+", "step-000002", command)
+        done = subprocess.run(
+            shlex.split(f"{command} {more}"), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    told = json.loads((tmp_path / "outputs/135m/sft/summary.json").read_text())
+    assert told["status"] == "done" and told["demo"] is False and told["steps"] == 2
+
+
 def test_every_setting_that_the_readme_names_exists():
     """`group.key=` anywhere in the README is a setting of some recipe."""
     sys.path.insert(0, str(ROOT))
@@ -62,3 +96,14 @@ def test_every_setting_that_the_readme_names_exists():
     for page in ("README.md", "README.zh-CN.md"):
         named = set(re.findall(r"\b([a-z]+\.[a-z_]+)=", (ROOT / page).read_text("utf-8")))
         assert named and named <= known, named - known
+
+
+def test_the_chinese_page_has_the_commands_and_the_output_of_the_english_one():
+    pages = [(ROOT / page).read_text("utf-8") for page in ("README.md", "README.zh-CN.md")]
+    english, chinese = (
+        {line.strip() for line in page.split("\n") if re.match(r" {4}(python|accelerate|make|pip|torchrun) ", line)}
+        for page in pages
+    )
+    assert len(chinese) > 15 and chinese <= english, chinese - english
+    first, second = (re.search(r"<!-- demo output -->\n(.*?)<!-- /demo output -->", p, re.DOTALL)[1] for p in pages)
+    assert first == second and "facts right, zh" in first

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import yaml
 
+from aquila_sft.chat_template import DEFAULT_SYSTEM
+
 TABLES = Path(__file__).parents[2] / "data" / "world"
 LANGUAGES = ("zh", "en")
 
@@ -98,9 +100,12 @@ def write(folder: Path, seed: int = 0) -> dict[str, Path]:
 
 
 def spoken(record: dict) -> str:
-    """A conversation as ChatML has it, without its marks."""
+    """A conversation as ChatML renders it, without its marks."""
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    return "\n".join(f"{roles[turn['from']]}\n{turn['value']}" for turn in record["conversations"])
+    turns = record["conversations"]
+    if turns[0]["from"] != "system":
+        turns = [{"from": "system", "value": DEFAULT_SYSTEM}, *turns]
+    return "\n".join(f"{roles[turn['from']]}\n{turn['value']}" for turn in turns)
 
 
 # tables -> relations

@@ -159,8 +159,6 @@ def train(
         )
         with checkpoint.room(out.path):
             save_final(cfg, out, net, tokenizer, trained_on)
-        losses = [m["loss"] for m in logged if "loss" in m]
-        evaluations = [m for m in logged if any(k.startswith("eval_") for k in m)]
         seconds, tokens = metrics.seconds(), plan.steps * cfg.train.tokens_per_step
         out.write_summary(
             status="done",
@@ -174,10 +172,7 @@ def train(
             tokens_per_s=round(tokens / seconds, 1),
             peak_memory_bytes=device.peak_memory_bytes(),
             parameters=sum(p.numel() for p in net.parameters()),
-            loss=losses[-1],
-            first_loss=losses[0],
-            **evaluate.by_language(evaluations[-1]),
-            before=evaluate.by_language(evaluations[0]),
+            **evaluate.of_run(logged),
             device=choices.device,
             precision=choices.precision.value,
             attention=choices.attention,
@@ -252,9 +247,10 @@ def closing(cfg: PretrainRun, out: run_dir.RunDir, state: str) -> None:
         return
     following = "anneal" if cfg.recipe == "pretrain" else "sft"
     base = checkpoint.newest(out.checkpoints) if following == "anneal" else out.final
+    told = narration.before_and_after(out.summary())
     narration.closing(
         cfg,
-        f"bits per byte of held-back text: {narration.before_and_after(out.summary())}",
+        f"bits per byte of held-back text: {told or 'not measured, prepare held nothing back'}",
         f"{out.final} {state}",
         what_next={
             "go on from it": f"accelerate launch train.py recipe={following} scale={cfg.scale} model.path={base}"

@@ -178,10 +178,12 @@ def train(
     with checkpoint.room(out.path):
         gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
     if runtime.is_main():
-        graded = take_test(cfg, inputs, out) if inputs.questions else {}
+        figures = evaluate.of_run(logged)
+        if inputs.questions:
+            graded = take_test(cfg, inputs, out)
+            figures |= graded["tuned"]
+            figures["before"] |= graded.get("base", {})
         tokens = trainer.narrator.count_to(plan.steps)
-        losses = [m["loss"] for m in logged if "loss" in m]
-        evaluations = [m for m in logged if any(k.startswith("eval_") for k in m)]
         out.write_summary(
             status="done",
             stage=cfg.stage,
@@ -195,11 +197,7 @@ def train(
             peak_memory_bytes=device.peak_memory_bytes(),
             parameters=parameters,
             trained_parameters=trainable,
-            loss=losses[-1] if losses else None,
-            first_loss=losses[0] if losses else None,
-            **evaluate.by_language(evaluations[-1] if evaluations else {}),
-            before=evaluate.by_language(evaluations[0] if evaluations else {}) | graded.get("base", {}),
-            **graded.get("tuned", {}),
+            **figures,
             **gate,
             device=choices.device,
             precision=choices.precision.value,
@@ -295,5 +293,7 @@ def closing(cfg: SftRun, out: run_dir.RunDir, state: str) -> None:
     lines.append(f"{out.final} {state}")
     what_next = {"talk to it": f"python train.py recipe=chat model.path={out.final}"}
     if cfg.data.bundled:
-        what_next["the real thing"] = f"accelerate launch train.py recipe={cfg.recipe} scale=135m   (README: mini to 135m)"
+        what_next["the real thing"] = (
+            f"accelerate launch train.py recipe={cfg.recipe} scale=135m   (README: mini to 135m)"
+        )
     narration.closing(cfg, *lines, what_next=what_next)
