@@ -293,7 +293,7 @@ def closing(cfg: SftRun, out: run_dir.RunDir, state: str) -> None:
     lines.append(f"{out.final} {state}")
     what_next = {"talk to it": f"python train.py recipe=chat model.path={out.final}"}
     if cfg.data.bundled:
-        what_next["the real thing"] = (
-            f"accelerate launch train.py recipe={cfg.recipe} scale=135m   (README: mini to 135m)"
+        what_next["the real thing (README, From mini to 135m)"] = (
+            f"accelerate launch train.py recipe={cfg.recipe} scale=135m"
         )
     narration.closing(cfg, *lines, what_next=what_next)
