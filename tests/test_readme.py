@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def commands(name: str) -> list[str]:
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(rf"<!-- tested: {name} -->\n(.*?)<!-- /tested -->", text, re.DOTALL)
-    return [line.strip() for block in blocks for line in block.split("\n") if line.strip()]
+    return [line.strip() for block in blocks for line in block.replace("\\\n", "").split("\n") if line.strip()]
 
 
 def test_adapting_a_llama_folder_on_ones_own_jsonl(tmp_path):
@@ -71,11 +71,13 @@ def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
         lines = [line for line in SENTENCES if line.isascii() is is_english]
         records = [{"text": " ".join(lines[i:] + lines[:i])} for i in range(len(lines))]
         write_jsonl(tmp_path / f"{name}.jsonl", records)
-    found = commands("real")
-    assert [re.search(r"recipe=(\w+)", c)[1] for c in found] == ["tokenizer", "prepare", "pretrain", "anneal", "sft"]
+    found = commands("real") + commands("fresh")
+    recipes = ["tokenizer", "prepare", "pretrain", "anneal", "sft", "sft"]
+    assert [re.search(r"recipe=(\w+)", c)[1] for c in found] == recipes
     program = f"{sys.executable} {ROOT / 'train.py'}"
     for command in found:
-        more = SMALL.get(re.search(r"recipe=(\w+)", command)[1], "")
+        recipe = re.search(r"recipe=(\w+)", command)[1]
+        more = SMALL_MODEL if "run_name=fresh" in command else SMALL.get(recipe, "")
         command = command.replace("accelerate launch train.py", program).replace("python train.py", program)
         command = re.sub(r"step-\d+", "step-000002", command)
         done = subprocess.run(
@@ -84,6 +86,7 @@ def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     told = json.loads((tmp_path / "outputs/135m/sft/summary.json").read_text())
     assert told["status"] == "done" and told["demo"] is False and told["steps"] == 2
+    assert json.loads((tmp_path / "outputs/135m/fresh/summary.json").read_text())["steps"] == 30
 
 
 def test_every_setting_that_the_readme_names_exists():

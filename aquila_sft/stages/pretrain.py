@@ -85,24 +85,16 @@ def train(
     tokenizer = load_tokenizer(prepared.tokenizer_folder)
     net = make_model(cfg, newest or base, out, choices, tokenizer)
     parts = {name: TextRows(part, cfg.train.max_length) for name, part in prepared.parts.items()}
-    shares = mixture.shares(
-        {name: (p.source, p.language, p.tokens) for name, p in prepared.parts.items()},
-        cfg.data.languages,
-        cfg.data.sources,
-    )
-    num_rows = {name: len(rows) for name, rows in parts.items()}
-    order = mixture.MixtureOrder(num_rows, shares, block_rows=cfg.data.block_rows, seed=cfg.seed, stage=cfg.recipe)
-    plan = Plan(cfg.train, sum(num_rows[name] for name in shares), choices.device, is_smoke=cfg.debug == "smoke")
+    order = mixture_order(cfg, prepared, {name: len(rows) for name, rows in parts.items()})
+    plan = Plan(cfg.train, int(order.rows.sum()), choices.device, is_smoke=cfg.debug == "smoke")
     check_epochs(cfg, order, plan)
     batches = pretrain.Batches(
         plan, order, [parts[name] for name in order.parts], cfg.train.max_length, tokenizer.pad_token_id
     )
     held_back = {
-        name: TextRows(part, cfg.train.max_length) for name, part in prepared.held_back.items() if name in shares
+        name: TextRows(part, cfg.train.max_length) for name, part in prepared.held_back.items() if name in order.parts
     }
     done_steps = checkpoint.step_of(newest) if newest else 0
-    told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    runtime.say(f"  mixture: {told} (shares of tokens)")
     runtime.say(
         f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens; {plan}"
         + (f"; going on from step {done_steps}" if newest else "")
@@ -144,16 +136,7 @@ def train(
             out.begin()
         logged = trainer.run(done_steps)
     if runtime.is_main():
-        drawn = order.drawn(plan.places)
-        trained_on = {
-            name: {
-                "source": prepared.parts[name].source,
-                "language": prepared.parts[name].language,
-                "tokens": rows * cfg.train.max_length,
-                "epochs": round(rows / num_rows[name], 3),
-            }
-            for name, rows in drawn.items()
-        }
+        trained_on = consumed(cfg, prepared, order, plan)
         run_dir.write_json(
             out.path / "ledger.json", {"shards": cfg.data.shards, "shards_sha256": prepared.sha256, "parts": trained_on}
         )
@@ -177,6 +160,32 @@ def train(
             precision=choices.precision.value,
             attention=choices.attention,
         )
+
+
+def mixture_order(cfg: PretrainRun, prepared: Prepared, num_rows: dict[str, int]) -> mixture.MixtureOrder:
+    """The order of the run, over the parts that the mixture asks for."""
+    shares = mixture.shares(
+        {name: (p.source, p.language, p.tokens) for name, p in prepared.parts.items()},
+        cfg.data.languages,
+        cfg.data.sources,
+    )
+    told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    runtime.say(f"  mixture: {told} (shares of tokens)")
+    return mixture.MixtureOrder(num_rows, shares, block_rows=cfg.data.block_rows, seed=cfg.seed, stage=cfg.recipe)
+
+
+def consumed(cfg: PretrainRun, prepared: Prepared, order: mixture.MixtureOrder, plan: "Plan") -> dict[str, dict]:
+    """What the whole run was trained on: part -> source, language, tokens, epochs."""
+    epochs = order.epochs(plan.places)
+    return {
+        name: {
+            "source": prepared.parts[name].source,
+            "language": prepared.parts[name].language,
+            "tokens": rows * cfg.train.max_length,
+            "epochs": round(epochs[name], 3),
+        }
+        for name, rows in order.drawn(plan.places).items()
+    }
 
 
 def make_model(cfg: PretrainRun, start: Path | None, out: run_dir.RunDir, choices: "Choices", tokenizer):
