@@ -35,7 +35,7 @@ def stage(number: int, total: int, run: Run) -> Iterator[None]:
 
 def opening(cfg: Run) -> None:
     if not is_stage.get():
-        runtime.say(f"recipe={cfg.recipe} -> {cfg.output_dir}\n{SCALES[cfg.scale]}")
+        runtime.say(f"{SCALES[cfg.scale]}\nrecipe={cfg.recipe} -> {cfg.output_dir}")
 
 
 def closing(cfg: Run, *lines: str, what_next: dict[str, str]) -> None:

@@ -47,7 +47,7 @@ def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
         model=net,
         tokenizer=load_tokenizer(Path(base)),
         rows=rows,
-        plan=Plan(cfg, len(rows), choices.device),
+        plan=Plan(cfg.train, len(rows), choices.device, is_smoke=False),
         choices=choices,
         folder=folder,
         metrics=MetricsFile(folder / "metrics.jsonl", from_step=-1, last_step=1),

@@ -380,7 +380,8 @@ def test_a_local_folder_needs_no_network_and_no_huggingface_hub(ask, tmp_path):
         "a--b",
     ],
 )
-def test_what_looks_local_or_is_no_id_is_refused_without_asking_the_hub(path, monkeypatch):
+def test_what_looks_local_or_is_no_id_is_refused_without_asking_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a run may lie under outputs/ where the tests are started
     monkeypatch.setattr(hub, "fetch", lambda wanted: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="model.path="):
         hub.model_folder(path, None)

@@ -75,6 +75,7 @@ def words(shards, out, *more, recipe="pretrain") -> list[str]:
         "train.micro_batch_rows": 2,
         "train.logging_steps": 1,
         "train.save_steps": 2,
+        "optim.lr": 3e-3,
         "model.hidden_size": 32,
         "model.intermediate_size": 64,
         "model.num_attention_heads": 2,

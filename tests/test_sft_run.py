@@ -140,7 +140,7 @@ def test_a_finished_run_is_reused_and_another_configuration_refused(unbroken, wo
     assert again.returncode == 0 and "reused" in again.stdout
     other = run(words(world, folder, "optim.lr=0.1"))
     assert other.returncode == 2
-    assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.002 there, 0.1 now" in other.stderr
+    assert len(other.stderr.strip().split("\n")) == 1 and "optim.lr: 0.003 there, 0.1 now" in other.stderr
     assert (folder / "final/model.safetensors").stat().st_mtime_ns == before
     assert summary(folder)["status"] == "done"
 
@@ -393,7 +393,7 @@ def test_two_processes_train_together(world, unbroken, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 process(es) x 1 x 2 rows" in done.stdout
-    assert done.stdout.count("recipe=sft scale=mini") == 1  # one voice
+    assert done.stdout.count("recipe=sft -> ") == 1  # one voice
     ours, theirs = summary(tmp_path / "run"), summary(unbroken["sft"][0])
     assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
