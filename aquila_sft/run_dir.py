@@ -86,8 +86,9 @@ class RunDir:
     def is_finished(self) -> bool:
         return self.summary().get("status") == "done" and self.final.is_dir()
 
-    def write_summary(self, **figures: Any) -> None:
-        write_json(self.path / "summary.json", figures)
+    def write_summary(self, cfg: Any, status: str, **figures: Any) -> None:
+        about = {"stage": cfg.stage, "recipe": cfg.recipe, "scale": cfg.scale, "demo": cfg.demo}
+        write_json(self.path / "summary.json", {"status": status} | about | figures)
 
     def final_is_whole(self) -> bool:
         """False, after moving it aside, for a final/ whose files are not as they were written."""
@@ -102,15 +103,14 @@ class RunDir:
     @contextlib.contextmanager
     def recorded(self, cfg: Any) -> Iterator[None]:
         """summary.json tells how the run stands, whatever ends it: running, done, stopped or failed."""
-        about = {"stage": cfg.stage, "recipe": cfg.recipe, "scale": cfg.scale, "demo": cfg.demo}
         if runtime.is_main():
-            self.write_summary(status="running", **about)
+            self.write_summary(cfg, "running")
         try:
             yield
         except BaseException as error:
             if runtime.is_main():
                 status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-                self.write_summary(status=status, **about, reason=str(error) or type(error).__name__)
+                self.write_summary(cfg, status, reason=str(error) or type(error).__name__)
             raise
 
     def begin(self) -> None:

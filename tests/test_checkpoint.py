@@ -80,6 +80,10 @@ def test_only_the_newest_are_kept(tmp_path):
 @dataclasses.dataclass
 class Config:
     output_dir: str
+    stage: str = "sft"
+    recipe: str = "sft"
+    scale: str = "mini"
+    demo: bool = True
     overwrite: bool = False
     lr: float = 0.1
     run_name: str = "a"
@@ -95,7 +99,7 @@ def open_run(folder, *, begin=True, finish=False, fail=False, **changes):
             out.begin()
         if finish:
             out.final.mkdir(exist_ok=True)
-            out.write_summary(status="done")
+            out.write_summary(cfg, "done")
         return was_finished
 
 

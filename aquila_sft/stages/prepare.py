@@ -190,11 +190,8 @@ def write_summary(cfg: PrepareRun, out: run_dir.RunDir, parts: dict, report: dic
         text_bytes[part["language"]] += part["text_bytes"]
         tokens[part["language"]] += part["tokens"]
     out.write_summary(
-        status="done",
-        stage=cfg.stage,
-        recipe=cfg.recipe,
-        scale=cfg.scale,
-        demo=cfg.demo,
+        cfg,
+        "done",
         documents=sum(part["documents"] for part in parts["train"].values()),
         tokens=tokens.total(),
         text_bytes=text_bytes.total(),

@@ -144,11 +144,8 @@ def train(
             save_final(cfg, out, net, tokenizer, trained_on)
         seconds, tokens = metrics.seconds(), plan.steps * cfg.train.tokens_per_step
         out.write_summary(
-            status="done",
-            stage=cfg.stage,
-            recipe=cfg.recipe,
-            scale=cfg.scale,
-            demo=cfg.demo,
+            cfg,
+            "done",
             steps=plan.steps,
             tokens=tokens,
             seconds=round(seconds, 1),

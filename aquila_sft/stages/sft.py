@@ -185,11 +185,8 @@ def train(
             figures["before"] |= graded.get("base", {})
         tokens = trainer.narrator.count_to(plan.steps)
         out.write_summary(
-            status="done",
-            stage=cfg.stage,
-            recipe=cfg.recipe,
-            scale=cfg.scale,
-            demo=cfg.demo,
+            cfg,
+            "done",
             steps=plan.steps,
             tokens=tokens,
             seconds=round(seconds, 1),

@@ -43,7 +43,7 @@ def run(cfg: TokenizerRun, compose_run: Callable[[list[str]], object]) -> None:
         with checkpoint.room(out.path):
             tokenizer, figures = convert(cfg, out, ranks) if ranks else learn(cfg, out, files)
             save(cfg, out, tokenizer)
-        out.write_summary(status="done", stage=cfg.stage, recipe=cfg.recipe, scale=cfg.scale, demo=cfg.demo, **figures)
+        out.write_summary(cfg, "done", **figures)
         closing(cfg, out, f"{out.final} done")
 
 
