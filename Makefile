@@ -8,12 +8,12 @@ TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(BIN)/activate: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install: $(BIN)/activate   ## virtual environment in .venv with everything the tests need
+install: $(VENV)/.installed   ## virtual environment in .venv with everything the tests need
 
 demo: install    ## five minutes on two CPU cores: tokenizer, shards, pretraining, annealing, tuning, and a model to talk to
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py recipe=sft

@@ -130,7 +130,10 @@ def test_languages_are_what_they_say(made):
 
 
 def test_no_question_of_the_test_set_is_said_in_any_conversation(made):
-    given_away = {q["question"] for q in made.questions} & set(turns(made, "human"))
+    def plain(text: str) -> str:  # 6 + 12 = ？ in the one language is 6 + 12 = ? in the other
+        return text.replace("？", "?")
+
+    given_away = {plain(q["question"]) for q in made.questions} & {plain(text) for text in turns(made, "human")}
     assert not given_away
 
 
