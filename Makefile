@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# two files at a time, in their order: the longest one comes early
+# two files at a time, one core each, in their order: the longest one comes early
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:            ## this list
@@ -19,10 +19,10 @@ demo: install    ## five minutes on two CPU cores: tokenizer, shards, pretrainin
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py recipe=sft
 
 test: install    ## every test that needs no GPU (AQUILA_REAL_DATA=<folder> adds those on real data)
-	$(BIN)/python -m pytest -m 'not gpu' $(TWO_AT_ONCE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(TWO_AT_ONCE)
 
 test-fast: install  ## the same without those that take more than a few seconds
-	$(BIN)/python -m pytest -m 'not gpu and not slow' $(TWO_AT_ONCE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' $(TWO_AT_ONCE)
 
 lint: install    ## ruff
 	$(BIN)/ruff check .
