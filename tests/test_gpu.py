@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from aquila_kernels import reference
 from aquila_kernels.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -31,3 +32,21 @@ def test_the_loss_does_not_wait_for_the_gpu():
         linear_cross_entropy(hidden, weight, target, num_items=torch.tensor(64, device="cuda")).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])  # eps of either
+@pytest.mark.parametrize("hidden", [128, 576, 1003])
+def test_rms_norm_on_a_gpu_is_the_reference_in_float64(hidden, dtype, tolerance):
+    from aquila_kernels.rms_norm import _is_interpreted, rms_norm
+
+    assert not _is_interpreted(), "run with -m gpu: otherwise the kernels are interpreted"
+    torch.manual_seed(0)
+    given = [torch.randn(999, hidden), torch.randn(hidden), torch.randn(999, hidden)]
+    results = []
+    for function, device, kind in ((reference.rms_norm, "cpu", torch.float64), (rms_norm, "cuda", dtype)):
+        x, weight, dy = (t.to(dtype).to(device, kind) for t in given)
+        y = function(x.requires_grad_(), weight.requires_grad_())
+        y.backward(dy)
+        results.append([t.double().cpu() for t in (y.detach(), x.grad, weight.grad)])
+    for exact, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() <= tolerance * exact.norm()

@@ -32,3 +32,10 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = (target_N != ignore_index).sum() if reduction == "mean" else 1
     return loss_sum / num_items
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2, -1) + eps) * weight, x (..., H); computed in fp32 at least, rounded once at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_H
+    return y.to(torch.promote_types(x.dtype, weight_H.dtype))

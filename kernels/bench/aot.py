@@ -1,0 +1,154 @@
+"""Every kernel that is shipped, compiled for GPUs that need not be there: registers, spills, shared memory, loads.
+
+    python kernels/bench/aot.py        # prints a table, writes results/aot.csv; status 1 if a kernel is not fit to ship
+
+A kernel that spills registers, needs more shared memory than the GPU has, or loads its rows piece by piece is slow, and
+no test of its results shows it. The kernels are compiled as a launch would compile them: the same constants, pointers
+at multiples of 16 bytes, sizes and strides that are multiples of 16.
+"""
+
+import argparse
+import csv
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from aquila_kernels import rms_norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TABLE = Path(__file__).parent / "results" / "aot.csv"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # a block may have
+TYPES = {"fp32": "*fp32", "bf16": "*bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    kernel: triton.JITFunction
+    name: str
+    types: dict[str, str]  # argument -> Triton type; all others are constants
+    constants: dict[str, int]
+    options: dict[str, int]  # of the launch: num_warps, …
+
+
+def cases() -> list[Case]:
+    """The shapes of Aquila-135M and of the bundled world, as training meets them."""
+    found = []
+    for hidden in (576, 128):
+        for rows, weights in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+            launch = rms_norm.blocks(hidden)
+            constants = {name: value for name, value in launch.items() if name.isupper()}
+            options = {name: value for name, value in launch.items() if not name.isupper()}
+            x, weight, result = TYPES[rows], TYPES[weights], "*fp32" if "fp32" in (rows, weights) else "*bf16"
+            shape = f"H={hidden} x {rows} weight {weights}"
+            forward = {"x_ptr": x, "weight_ptr": weight, "y_ptr": result, "r_ptr": "*fp32"}
+            forward |= {"num_rows": "i32", "x_stride": "i32", "eps": "fp32"}
+            found.append(Case(rms_norm._forward, shape, forward, constants, options))
+            backward = {"dy_ptr": result, "x_ptr": x, "weight_ptr": weight, "r_ptr": "*fp32", "dx_ptr": x}
+            backward |= {"dweight_ptr": "*fp32", "num_rows": "i32", "dy_stride": "i32", "x_stride": "i32"}
+            found.append(Case(rms_norm._backward, shape, backward, constants | {"NEEDS_DWEIGHT": 1}, options))
+    return found
+
+
+def compiled(case: Case, target: str) -> dict:
+    """One row of the table."""
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name] == "i32"]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=case.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    kernel = triton.compile(source, target=TARGETS[target], options=case.options)
+    measured = of_amd(kernel) if target.startswith("gfx") else of_nvidia(kernel, TARGETS[target].arch)
+    return {
+        "operation": Path(case.kernel.fn.__code__.co_filename).stem,
+        "kernel": case.kernel.fn.__name__.strip("_"),
+        "case": case.name,
+        "target": target,
+        "num_warps": case.options["num_warps"],
+        **measured,
+        "shared_bytes": kernel.metadata.shared,
+        "triton": triton.__version__,
+    }
+
+
+def of_nvidia(kernel, arch: int) -> dict:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx = kernel.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        chip = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
+        told = subprocess.run(
+            [get_ptxas(arch).path, "-v", f"--gpu-name={chip}", str(path), "-o", f"{folder}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", told)[1]),
+        "spill_bytes": int(re.search(r"(\d+) bytes spill stores", told)[1]),
+        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v[48]\.", ptx)),  # 16 bytes a lane
+        "narrow_loads": len(re.findall(r"ld\.global[.\w:]*\.[bf](?:8|16)\b", ptx)),
+    }
+
+
+def of_amd(kernel) -> dict:
+    text = kernel.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+        "spill_bytes": 4 * 64 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx[24]", text)),
+        "narrow_loads": len(re.findall(r"(?:global|buffer)_load_u?(?:short|byte)", text)),
+    }
+
+
+def faults(row: dict) -> list[str]:
+    """Why a kernel is not fit to ship; none if it is."""
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes of registers")
+    if row["shared_bytes"] > SHARED_BYTES[row["target"]]:
+        found.append(f"needs {row['shared_bytes']:,} of {SHARED_BYTES[row['target']]:,} bytes of shared memory")
+    if not row["wide_loads"]:
+        found.append("loads no 16 bytes at once")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    out = parser.parse_args().out
+    rows = [compiled(case, target) for case in cases() for target in TARGETS]
+    shown = [name for name in rows[0] if name != "triton"]
+    print(f"triton {triton.__version__}\n\n| {' | '.join(shown)} |\n|{'---|' * len(shown)}")
+    for row in rows:
+        print(f"| {' | '.join(str(row[name]) for name in shown)} |")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    unfit = [(row, found) for row in rows if (found := faults(row))]
+    for row, found in unfit:
+        where = f"{row['operation']} {row['kernel']}, {row['case']}, {row['target']}"
+        print(f"error: {where}: {'; '.join(found)}", file=sys.stderr)
+    return 1 if unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
