@@ -82,11 +82,16 @@ def newest(parent: Path) -> Path | None:
         wrong = problem(candidate)
         if wrong is None:
             return candidate
-        aside = candidate.with_name(f"damaged-{candidate.name}")
+        aside = moved_aside(candidate)
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(candidate, aside)
         runtime.say(f"checkpoint {candidate.name} is damaged ({wrong}): moved to {aside}, looking for an older one")
     return None
+
+
+def moved_aside(checkpoint: Path) -> Path:
+    """Where a damaged one goes."""
+    return checkpoint.with_name(f"damaged-{checkpoint.name}")
 
 
 def step_of(checkpoint: Path) -> int:

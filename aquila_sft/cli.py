@@ -84,7 +84,7 @@ def prepare_overrides(words: list[str]) -> list[str]:
             overrides += [f"~{name}", f"+{name}={value}"]
         elif name == "data.files" and value[:1] + value[-1:] in ("[]", "{}"):
             as_literal = quoted if value[0] == "[" else quoted_source
-            items = [as_literal(item.strip()) for item in value[1:-1].split(",") if item.strip()]
+            items = [as_literal(item) for item in split_items(value)]
             overrides.append(f"{name}={value[0]}{','.join(items)}{value[-1]}")
         else:
             overrides.append(f"{name}={quoted(value)}" if name in FREE_TEXT else word)
@@ -110,10 +110,24 @@ def quoted(value: str) -> str:
     return f"'{value}'"
 
 
+def split_items(value: str) -> list[str]:
+    """What stands between commas in `[…]` or `{…}`; a list inside stays whole."""
+    items, depth = [""], 0
+    for character in value[1:-1]:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
+
+
 def quoted_source(item: str) -> str:
-    """`name: files` of {name: files, …}."""
-    name, _, files = item.partition(":")
-    return f"{name.strip()}:{quoted(files.strip())}"
+    """`name: files` or `name: [file, …]` of {name: files, …}."""
+    name, _, files = (part.strip() for part in item.partition(":"))
+    if files[:1] + files[-1:] == "[]":
+        return f"{name}:[{','.join(quoted(file) for file in split_items(files))}]"
+    return f"{name}:{quoted(files)}"
 
 
 def refused_override(message: str, words: list[str], keys: list[str]) -> str:

@@ -89,7 +89,7 @@ def set_paths(cfg: Run, runs: dict[str, Run]) -> None:
 
 
 def made(run: Run, needed_by: Run) -> str:
-    """The folder that a finished recipe left: for an anneal the last checkpoint, with its optimizer, else final/."""
+    """The folder that a finished recipe left: for an anneal the last checkpoint, with its moments, else final/."""
     if not is_finished(run):
         raise UserError(
             f"recipe={needed_by.recipe} scale={needed_by.scale} needs what recipe={run.recipe} makes, and "
@@ -97,8 +97,10 @@ def made(run: Run, needed_by: Run) -> str:
             f"scale={run.scale} …`, or give {GIVEN_BY[run.recipe]}, or try it all with scale=mini"
         )
     out = run_dir.RunDir(Path(run.output_dir))
-    if needed_by.recipe == "anneal" and run.recipe == "pretrain" and (newest := checkpoint.newest(out.checkpoints)):
-        return str(newest)
+    if needed_by.recipe == "anneal" and run.recipe == "pretrain":
+        newest, last = checkpoint.newest(out.checkpoints), out.summary().get("steps")
+        if newest and checkpoint.step_of(newest) == last:  # else final/, whose weights are those of the last step
+            return str(newest)
     return str(out.final)
 
 

@@ -98,7 +98,8 @@ class Trainer:
         """The moments of a checkpoint; False when it has none (a published model, a final/)."""
         if not (folder / OPTIMIZER).is_file():
             return False
-        state = torch.load(folder / OPTIMIZER, weights_only=True, map_location=self.accelerator.device)
+        # to the CPU first: "cpu:0", as Accelerate names it among several processes, is nothing torch.load knows
+        state = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(state)
         return True
 

@@ -204,8 +204,9 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process (pid {lock.read().strip() or 'unknown'}) trains in {path}; two runs "
-                "need two run_name=, and several processes of one run a launcher (README, 'Launching')"
+                f"another process (pid {lock.read().strip() or 'unknown'}) is at work in {path}; wait for it "
+                "and give the same command again. Two runs need two run_name=, several processes of one run a "
+                "launcher (README, 'Launching')"
             ) from None
         lock.seek(0)
         lock.truncate()

@@ -16,6 +16,22 @@ def warmup_steps(schedule: Schedule, total_steps: int) -> int:
     return min(int(steps), total_steps)
 
 
+def remarks(schedule: Schedule, total_steps: int) -> list[str]:
+    """A line for what is longer than the run, which is then no mistake of ours."""
+    lines = []
+    if schedule.warmup_steps > total_steps:
+        lines.append(
+            f"schedule.warmup_steps={schedule.warmup_steps:g} and the run has {total_steps:,}: "
+            "the learning rate never reaches optim.lr"
+        )
+    if schedule.kind is ScheduleKind.wsd and schedule.decay_steps > total_steps:
+        lines.append(
+            f"schedule.decay_steps={schedule.decay_steps:g} and the run has {total_steps:,}: "
+            "the learning rate falls from the end of the warm-up on"
+        )
+    return lines
+
+
 def multiplier(step: int, schedule: Schedule, total_steps: int) -> float:
     """In [0, 1], for the update number `step` (the first is 0) of `total_steps`."""
     warmup = warmup_steps(schedule, total_steps)

@@ -342,6 +342,7 @@ def learnt(text, tmp_path_factory) -> Path:
     done = train("scale=mini", f"data.files={text}", "bpe.vocab_size=1000", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert "2 records left out for empty text: 1 (first" in done.stdout
     assert "1,000 entries, learnt in" in done.stdout and "bytes a token: en" in done.stdout
     return folder / "outputs/mini/tokenizer"
 

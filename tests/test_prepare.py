@@ -441,6 +441,16 @@ def test_a_large_txt_file_is_cut_at_blank_lines(tmp_path, suffix):
         assert lines[number - 1] == "" and lines[number] == document.text.split("\n")[0]
 
 
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst", "a.txt.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("damage", [lambda packed: packed[:-300], lambda packed: random.Random(0).randbytes(2000)])
+def test_a_compressed_file_that_breaks_off_or_is_none_stops_with_its_name(tmp_path, name, damage):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(9000)).encode()
+    pack = zstandard.compress if name.endswith("zst") else gzip.compress
+    (tmp_path / name).write_bytes(damage(pack(lines)))
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        list(documents.read({"s": [tmp_path / name]}, "text", print))
+
+
 def test_a_txt_file_of_one_endless_line_is_cut_between_characters(tmp_path):
     text = "".join(random.Random(0).choices("a字é𠀀", k=900_000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")

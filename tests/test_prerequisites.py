@@ -101,3 +101,15 @@ def test_smoke_goes_through_all_recipes_in_directories_of_their_own(tmp_path):
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
     assert "recipe=pretrain, needed by recipe=sft" in again.stderr and "optim.lr" in again.stderr
     assert "model.path=" in again.stderr
+
+
+@pytest.mark.parametrize("steps, chosen", [(4, "checkpoints/step-000004"), (6, "final")])
+def test_an_anneal_begins_at_the_end_even_where_the_last_checkpoint_is_gone(steps, chosen):
+    from aquila_sft import checkpoint
+
+    out = finished("pretrain")
+    (out / "summary.json").write_text(json.dumps({"status": "done", "steps": steps}))
+    (out / "checkpoints/.writing").mkdir(parents=True)
+    checkpoint.commit(out / "checkpoints/.writing", out / "checkpoints/step-000004")
+    pretrain, anneal = (train.compose_run([f"recipe={name}", "scale=135m"]) for name in ("pretrain", "anneal"))
+    assert prerequisites.made(pretrain, anneal) == f"outputs/135m/pretrain/{chosen}"

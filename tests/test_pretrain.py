@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,18 +219,41 @@ def test_sigterm_saves_the_step_and_exits_with_3(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(unbroken, shards, tmp_path):
+def interrupted(whole: Path, out: Path, step: int) -> Path:
+    """A copy of a run as a kill after `step` left it."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "final")
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (out / "summary.json").write_text(json.dumps({"status": "running"}))
+    return out
+
+
+def test_two_processes_go_on_as_one_would(unbroken, shards, tmp_path):
     whole, _ = unbroken
-    out = tmp_path / "two"
+    out = interrupted(whole, tmp_path / "two", step=2)
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
     done = subprocess.run(
         [*two, *command(*words(shards, out))[1:]], capture_output=True, text=True, timeout=300, env=ENV
     )
     assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout and "going on from step 2" in done.stdout
     losses = [[m["loss"] for m in metrics(f) if "loss" in m] for f in (out, whole)]
     # the same rows and the same sums; only their order differs, which bf16 products round differently
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
     assert summary(out)["bits_per_byte"] == pytest.approx(summary(whole)["bits_per_byte"], rel=5e-3)
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(unbroken, shards, tmp_path):
+    whole, _ = unbroken
+    shutil.copytree(whole, out := tmp_path / "run")
+    last = out / "checkpoints/step-000008"
+    (last / "model.safetensors").write_bytes(b"")
+    done = run(*words(shards, out))
+    assert done.returncode == 0 and "going on from step 6" in done.stdout, done.stderr
+    assert same_weights(last, whole / "checkpoints/step-000008")
+    assert "reused, nothing done" in run(*words(shards, out)).stdout
 
 
 @pytest.mark.slow
@@ -300,8 +324,6 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(unbroken, shards, tmp_pat
 
 
 def test_a_damaged_shard_stops_with_its_name(shards, tmp_path):
-    import shutil
-
     shutil.copytree(shards, tmp_path / "shards")
     file = next((tmp_path / "shards/train").glob("wiki.zh/*.shard"))
     content = bytearray(file.read_bytes())

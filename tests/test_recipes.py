@@ -77,7 +77,8 @@ def test_the_135m_model_is_the_published_one():
         (["recipe=pretrain", "scale=135m"], ["recipe=prepare", "data.shards=", "scale=mini"]),
         (["recipe=anneal", "scale=135m", "data.shards=x"], ["recipe=pretrain", "model.path=", "scale=mini"]),
         (["recipe=prepare", "scale=135m"], ["recipe=tokenizer", "tokenizer.path="]),
-        (["recipe=prepare", "scale=135m", "tokenizer.path=."], ["data.files is not set"]),
+        (["recipe=prepare", "scale=135m", f"tokenizer.ranks={ROOT / 'train.py'}"], ["data.files is not set"]),
+        (["recipe=prepare", "scale=mini", "tokenizer.path=."], ["tokenizer.path=.", "no vocabulary"]),
         (["recipe=prepare", "data.files=x.txt"], ["data.files=x.txt", "scale="]),
         (["recipe=pretrain", "data.shards=x"], ["data.shards=x", "scale="]),
         (["recipe=pretrain", "scale=mini", "data.shards=/no/where"], ["data.shards=/no/where"]),
@@ -159,6 +160,11 @@ def test_a_list_of_files_with_blanks_and_chinese_names_is_a_list():
 def test_files_of_several_sources_keep_their_names():
     run = load("recipe=prepare", "scale=135m", "data.files={wiki_zh: 我的 数据/*.jsonl, wiki-en: a=b.txt}")
     assert run.data.files == {"wiki_zh": ["我的 数据/*.jsonl"], "wiki-en": ["a=b.txt"]}
+
+
+def test_a_source_may_have_several_files_and_globs_their_brackets():
+    run = load("recipe=prepare", "scale=135m", "data.files={wiki: [a b.jsonl, c[0-9].txt], web: d[ab].jsonl}")
+    assert run.data.files == {"wiki": ["a b.jsonl", "c[0-9].txt"], "web": ["d[ab].jsonl"]}
 
 
 def test_weights_on_the_command_line_replace_the_recipes_own():

@@ -1,5 +1,6 @@
 """The bundled world: enough of everything, true where it can be computed, and nothing of the test set given away."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from aquila_sft.data import conversations, world
+from aquila_sft.errors import UserError
 
 LANGUAGES = ("zh", "en")
 CALENDAR = [
@@ -268,9 +270,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def no_replace(source, target):
         assert os.path.getsize(source) > 0
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "replace", no_replace)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="no space left"):
         world.write(tmp_path, 1)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/world cannot be written"):
+        world.write(tmp_path / "file/world")

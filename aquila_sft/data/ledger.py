@@ -61,12 +61,17 @@ class Ledger:
         }
 
 
+def why_left_out(report: dict) -> str:
+    """'empty text: 3 (first a.jsonl:7), …' of a ledger's report."""
+    return ", ".join(f"{r}: {v['records']:,} (first {v['first'][0]})" for r, v in report["reasons"].items())
+
+
 class NothingLeft(UserError):
     """No conversation is left to train on; `ledger` says where they went, the message says it in one line."""
 
     def __init__(self, ledger: dict, files: list[Path]) -> None:
         self.ledger = ledger
-        reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in ledger["reasons"].items())
+        reasons = why_left_out(ledger)
         why = f"left out for: {reasons}" if reasons else "the files are empty"
         if ledger["held_back"]:
             why = f"held back for evaluation: {ledger['held_back']} (data.holdout_fraction)"

@@ -71,9 +71,10 @@ def open_bytes(file: Path) -> io.BufferedIOBase:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")
     if file.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return io.BufferedReader(zstandard.open(file, "rb"))
+        # not zstandard, which takes a stream that breaks off for one that ends
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
     return open(file, "rb")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from aquila_sft.chat_template import DEFAULT_SYSTEM
+from aquila_sft.errors import UserError
 
 TABLES = Path(__file__).parents[2] / "data" / "world"
 LANGUAGES = ("zh", "en")
@@ -84,19 +85,27 @@ def make(seed: int = 0) -> World:
 
 def write(folder: Path, seed: int = 0) -> dict[str, Path]:
     """Five files of JSON lines, each written whole or not at all; a file that is already right is left alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, records in vars(make(seed)).items():
-        paths[name] = path = folder / f"{name}.jsonl"
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        if not path.is_file() or path.read_bytes() != content:
-            aside = folder / f".{path.name}.{os.getpid()}"
-            try:
-                aside.write_bytes(content)
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
+    texts = vars(make(seed))
+    paths = {name: folder / f"{name}.jsonl" for name in texts}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, records in texts.items():
+            write_lines(paths[name], records)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; start in another directory") from None
     return paths
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    if path.is_file() and path.read_bytes() == content:
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def spoken(record: dict) -> str:

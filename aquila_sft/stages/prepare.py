@@ -14,6 +14,7 @@ from aquila_sft import checkpoint, narration, prerequisites, run_dir, runtime
 from aquila_sft.config import PrepareRun
 from aquila_sft.data import documents
 from aquila_sft.data.documents import DocumentLedger
+from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import UserError
 
@@ -52,7 +53,16 @@ def find_vocabulary(cfg: PrepareRun) -> Path:
     path = Path(chosen).expanduser()
     if not path.exists() or path.is_dir() != (key == "path"):
         raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
+    if path.is_dir() and not files_of(path):
+        raise UserError(f"tokenizer.path={path} holds no vocabulary (none of {', '.join(VOCABULARY_FILES)})")
     return path
+
+
+def files_of(vocabulary: Path) -> list[Path]:
+    """What it consists of."""
+    if vocabulary.is_file():
+        return [vocabulary]
+    return sorted(f for pattern in VOCABULARY_FILES for f in vocabulary.glob(pattern))
 
 
 def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]]) -> dict:
@@ -64,11 +74,10 @@ def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]])
         for key, value in run_dir.identity_of(cfg).items()
         if key not in NOT_IDENTITY and not key.startswith("data.files.")
     }
-    named = sorted(f for pattern in VOCABULARY_FILES for f in vocabulary.glob(pattern))
     return (
         settings
         | {f"data.files.{source}": run_dir.files_sha256(paths) for source, paths in files.items()}
-        | {"vocabulary": run_dir.files_sha256(named or [vocabulary]), "format": FORMAT}
+        | {"vocabulary": run_dir.files_sha256(files_of(vocabulary)), "format": FORMAT}
     )
 
 
@@ -137,7 +146,7 @@ def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[
             f"{part['bytes_per_token']:.2f} bytes a token, {part['shards']} shard(s); {held:,} documents held back"
         )
     if report["left_out"]:
-        runtime.say(f"  {report['left_out']:,} of {report['read']:,} records left out (ledger.json says why)")
+        runtime.say(f"  {report['left_out']:,} of {report['read']:,} records left out for {why_left_out(report)}")
 
 
 def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
@@ -173,7 +182,7 @@ def about(files: dict[str, list[Path]]) -> dict:
 
 
 def nothing_left(report: dict, files: dict[str, list[Path]]) -> str:
-    reasons = ", ".join(f"{r}: {v['records']} (first {v['first'][0]})" for r, v in report["reasons"].items())
+    reasons = why_left_out(report)
     names = ", ".join(f.name for paths in files.values() for f in paths[:3])
     return f"no document is left to train on: {report['read']} records read from {names}; " + (
         f"left out for: {reasons}" if reasons else "the files are empty"

@@ -44,7 +44,7 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
                 out = run_dir.RunDir(Path(cfg.output_dir))
-            if out.is_finished() and out.final_is_whole():
+            if out.is_finished() and out.final_is_whole() and not has_lost_its_end(out):
                 return closing(cfg, out, "is finished and of the same configuration: reused, nothing done")
             stack.enter_context(out.recorded(cfg))
             if main:
@@ -55,6 +55,13 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
             runtime.say(f"  {line}")
         train(cfg, prepared, base, out, choices, newest, stop)
         closing(cfg, out, "done")
+
+
+def has_lost_its_end(out: run_dir.RunDir) -> bool:
+    """The last checkpoint is damaged. It is made again: an anneal from an older one would begin before the end."""
+    checkpoint.newest(out.checkpoints)  # moves damaged ones aside
+    last = checkpoint.folder(out.checkpoints, out.summary()["steps"])
+    return checkpoint.moved_aside(last).exists() and not last.exists()
 
 
 def train(
@@ -74,6 +81,7 @@ def train(
     from aquila_sft.data.text_rows import TextRows
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
+    from aquila_sft.schedule import remarks
     from aquila_sft.tokenizer import load_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
@@ -94,6 +102,13 @@ def train(
     held_back = {
         name: TextRows(part, cfg.train.max_length) for name, part in prepared.held_back.items() if name in order.parts
     }
+    unseen = {prepared.parts[name].language for name in order.parts} - {
+        prepared.held_back[name].language for name in held_back
+    }
+    if held_back and unseen:
+        runtime.say(f"  nothing is held back of {', '.join(sorted(unseen))}: not evaluated")
+    for line in remarks(cfg.schedule, plan.steps):
+        runtime.say(f"  {line}")
     done_steps = checkpoint.step_of(newest) if newest else 0
     runtime.say(
         f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens; {plan}"

@@ -113,6 +113,7 @@ def train(
     from aquila_sft.config import Precision
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
+    from aquila_sft.schedule import remarks
     from aquila_sft.trainer import SftTrainer
 
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
@@ -126,6 +127,8 @@ def train(
     rows = PackedRows(out.path / "data" / "train")
     held_back = {p.name: PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
     plan = Plan(cfg.train, len(rows), choices.device, is_smoke=cfg.debug == "smoke")
+    for line in remarks(cfg.schedule, plan.steps):
+        runtime.say(f"  {line}")
     done_steps = checkpoint.step_of(newest) if newest else 0
     runtime.say(
         f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens = {plan.epochs:.2f} "

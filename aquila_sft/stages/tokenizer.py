@@ -18,7 +18,7 @@ from pathlib import Path
 from aquila_sft import checkpoint, narration, run_dir, runtime
 from aquila_sft.config import TokenizerRun, shown
 from aquila_sft.data import documents
-from aquila_sft.data.ledger import Ledger
+from aquila_sft.data.ledger import Ledger, why_left_out
 from aquila_sft.errors import UserError
 
 NOT_IDENTITY = ("seed", "kernel", "bpe.memory_gb")  # nothing here is drawn or computed with them
@@ -104,7 +104,11 @@ def learn(cfg: TokenizerRun, out: run_dir.RunDir, files: dict[str, list[Path]]):
     shelves = balance.survey(document for document, _ in documents.read(files, cfg.data.text_column, ledger.refuse))
     if not shelves:
         write_ledger(out, ledger, files)
-        raise UserError(f"no text to learn from: {out.path / 'ledger.json'} says why every record was left out")
+        names = ", ".join(path.name for paths in files.values() for path in paths[:3])
+        why = why_left_out(ledger.as_dict())
+        raise UserError(f"no text to learn from in {names}: " + (f"left out for {why}" if why else "it is empty"))
+    if lost := ledger.total("left_out"):
+        runtime.say(f"  {lost:,} records left out for {why_left_out(ledger.as_dict())}")
     drawn = balance.choose(shelves, cfg.bpe.max_bytes)
     runtime.say(f"  text read in {time.monotonic() - begun:.0f} s; used: {used(drawn)}")
     estimate = bpe.check(bpe.estimate(shelves, drawn, cfg.bpe.max_han_run), cfg.bpe.memory_gb)
