@@ -32,7 +32,7 @@ def fill(cfg: Run, compose_run: ComposeRun) -> None:
     """
     if not open_needs(cfg):
         return
-    chain = [name for name in all_needs(cfg.recipe) if name != "tokenizer" or not has_tokenizer(cfg)]
+    chain = [name for name in all_needs(cfg.recipe) if not is_given(name, cfg)]
     runs = {name: compose_run(words(name, cfg)) for name in chain}
     talks = isinstance(cfg, ChatRun) and is_finished(runs["sft"])  # whatever it was made with
     if cfg.demo and runtime.is_main() and not talks:
@@ -54,6 +54,13 @@ def make(cfg: Run, runs: dict[str, Run], compose_run: ComposeRun) -> None:
                     f"recipe={name}, needed by recipe={cfg.recipe}: {error}; or give {GIVEN_BY[name]}"
                 ) from None
     runtime.say(f"\nstage {total} of {total}, {cfg.recipe} -> {cfg.output_dir}")
+
+
+def is_given(recipe: str, cfg: Run) -> bool:
+    """Whether `cfg` names itself what that recipe before it would make."""
+    if recipe == "pretrain":
+        return isinstance(cfg, PretrainRun) and cfg.model.path is not None
+    return recipe == "tokenizer" and has_tokenizer(cfg)
 
 
 def has_tokenizer(cfg: Run) -> bool:

@@ -113,3 +113,16 @@ def test_an_anneal_begins_at_the_end_even_where_the_last_checkpoint_is_gone(step
     checkpoint.commit(out / "checkpoints/.writing", out / "checkpoints/step-000004")
     pretrain, anneal = (train.compose_run([f"recipe={name}", "scale=135m"]) for name in ("pretrain", "anneal"))
     assert prerequisites.made(pretrain, anneal) == f"outputs/135m/pretrain/{chosen}"
+
+
+def test_what_is_given_is_not_made_again(monkeypatch):
+    made = []
+    monkeypatch.setattr(prerequisites, "make", lambda cfg, runs, compose_run: made.append(list(runs)))
+    finished("prepare", scale="mini")
+    for word in ("model.path=checkpoint", "tokenizer.path=vocabulary"):
+        cfg = train.compose_run(["recipe=anneal", "scale=mini", word])
+        try:
+            prerequisites.fill(cfg, train.compose_run)
+        except UserError:
+            pass  # nothing was made here
+    assert made == [["tokenizer", "prepare"], ["prepare", "pretrain"]]
