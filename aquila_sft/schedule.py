@@ -17,7 +17,7 @@ def warmup_steps(schedule: Schedule, total_steps: int) -> int:
 
 
 def remarks(schedule: Schedule, total_steps: int) -> list[str]:
-    """A line for what is longer than the run, which is then no mistake of ours."""
+    """A line for each part of the schedule that is longer than the run."""
     lines = []
     if schedule.warmup_steps > total_steps:
         lines.append(

@@ -112,7 +112,7 @@ def of_amd(kernel) -> dict:
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
         "spill_bytes": 4 * 64 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
-        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx[24]", text)),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx[24]", text)),  # 8 or 16 bytes
         "narrow_loads": len(re.findall(r"(?:global|buffer)_load_u?(?:short|byte)", text)),
     }
 
@@ -125,7 +125,7 @@ def faults(row: dict) -> list[str]:
     if row["shared_bytes"] > SHARED_BYTES[row["target"]]:
         found.append(f"needs {row['shared_bytes']:,} of {SHARED_BYTES[row['target']]:,} bytes of shared memory")
     if not row["wide_loads"]:
-        found.append("loads no 16 bytes at once")
+        found.append("loads no 8 or 16 bytes at once")
     return found
 
 
