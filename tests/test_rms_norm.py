@@ -1,13 +1,17 @@
 """RMSNorm: the Triton kernels through the interpreter, against plain torch in float64."""
 
+import functools
+
+import aquila_kernels.rms_norm
 import pytest
 import torch
 import triton
 import triton.language as tl
 from aquila_kernels import reference
-from aquila_kernels.rms_norm import _rms_norm, _rms_norm_backward, blocks, rms_norm
+from aquila_kernels.rms_norm import _rms_norm, _rms_norm_backward, blocks
 from triton_interpreter import to_bf16, to_fp32
 
+rms_norm = functools.partial(aquila_kernels.rms_norm.rms_norm, kernel="triton")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -193,3 +197,12 @@ def test_other_shapes_are_refused(x, weight):
 def test_float64_is_refused_by_the_kernel():
     with pytest.raises(ValueError, match="float64"):
         rms_norm(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4))
+
+
+def test_left_to_itself_it_is_plain_torch_on_a_cpu_and_compiles_into_one_graph():
+    x, weight, dy = inputs(9, 24, torch.float32)
+    auto = torch.compile(aquila_kernels.rms_norm.rms_norm, fullgraph=True, backend="aot_eager")
+    expected = outcome(reference.rms_norm, x, weight, dy)
+    assert all(torch.equal(a, b) for a, b in zip(outcome(auto, x, weight, dy), expected, strict=True))
+    with pytest.raises(ValueError, match="kernel='cuda'; use one of auto, triton, torch"):
+        aquila_kernels.rms_norm.rms_norm(x, weight, kernel="cuda")

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aquila_kernels import reference
+from aquila_kernels.choice import pick_kernel
 
 # Shapes (this file): R rows, H hidden size, P programs
 
@@ -24,26 +25,22 @@ from aquila_kernels import reference
 _PROGRAMS_PER_SM = 4
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, kernel: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2, -1) + eps) * weight, in the dtype that x and weight promote to.
 
     x (..., H) in fp32, bf16 or fp16, any strides; weight (H,). Neither is written to, and backward may run again.
-    On a GPU the kernels of this file; elsewhere reference.rms_norm, plain torch. Raises ValueError for other shapes.
+    kernel: "triton" for the kernels of this file, "torch" for reference.rms_norm, "auto" for the former on a GPU and
+    the latter elsewhere. Raises ValueError for other shapes and dtypes.
     """
     if weight.shape != x.shape[-1:] or x.ndim == 0 or len(weight) == 0:
         raise ValueError(
             f"expected x [..., H] and weight [H] with H > 0, got {tuple(x.shape)} and {tuple(weight.shape)}."
         )
-    if not (x.is_cuda or _is_interpreted()):
+    if pick_kernel(kernel, x.device) == "torch":
         return reference.rms_norm(x, weight, eps)
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (x, weight)):
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; use float32, bfloat16 or float16.")
     return _rms_norm(x, weight, eps)[0]
-
-
-def _is_interpreted() -> bool:
-    """Triton's interpreter runs the kernels on a CPU, for tests; decided when this file was imported."""
-    return not isinstance(_forward, triton.JITFunction)
 
 
 def blocks(hidden_size: int) -> dict[str, int]:
