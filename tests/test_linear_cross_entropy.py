@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from aquila_kernels import reference
-from aquila_kernels.linear_cross_entropy import _TorchLoss, linear_cross_entropy, linear_log_probs
+from aquila_kernels import linear_cross_entropy as module
+from aquila_kernels import linear_cross_entropy_torch, reference
+from aquila_kernels.arguments import Terms
+from aquila_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 IGNORE = -100
@@ -142,13 +144,18 @@ def test_a_common_offset_of_all_logits_changes_nothing():
 
 
 class LargestTensors(TorchDispatchMode):
-    """Records the size of every tensor that an operation returns, and counts matrix products."""
+    """Records the size of every tensor that an operation returns, and counts matrix products; inside ours too."""
+
+    ours = {op._opoverload: op._init_fn for op in (module._reduced, module._per_token, module._per_token_backward)}
 
     def __init__(self):
         super().__init__()
         self.numels, self.num_products = set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.ours:
+            with self:
+                return self.ours[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -201,15 +208,14 @@ def test_only_rows_with_a_target_are_computed_on_cpu():
 @pytest.mark.parametrize("ignored_frac", [0.4, 1.0])
 def test_computing_all_rows_and_masking_as_other_devices_do_gives_the_same(ignored_frac):
     h, w, target = seeded(ignored_frac=ignored_frac)
-
-    def masked(h, w, target):
-        is_target = target != IGNORE
-        return _TorchLoss.apply(h, w, target, is_target, is_target.sum(), (True, True), h.dtype, None)
-
-    got = loss_and_grads(masked, h, w, target)
-    assert_equal_to_rounding(got, loss_and_grads(linear_cross_entropy, h, w, target), 1e-13)
+    upstream, terms = (target != IGNORE).double() / 17, Terms(IGNORE, 0.1, 1e-3)
+    loss, *grads = linear_cross_entropy_torch.losses_and_gradients(h, w, target, upstream, terms, (True, True), None)
+    options = {"num_items": 17, "label_smoothing": 0.1, "z_loss": 1e-3}
+    want = loss_and_grads(linear_cross_entropy, h, w, target, **options)
+    assert_equal_to_rounding((loss.sum() / 17, *grads), want, 1e-13)
     target[3] = 1001  # cannot be refused without waiting for the device
-    assert masked(h, w, target).isnan()
+    loss, *_ = linear_cross_entropy_torch.losses(h, w, target, terms, None)
+    assert loss[3].isnan() and loss.isnan().sum() == 1
 
 
 def test_nothing_is_saved_without_gradients_and_only_the_gradients_with_them():
@@ -284,14 +290,126 @@ def test_an_out_of_range_target_is_named_with_its_position(loss_fn, value):
 
 def test_arguments_that_cannot_be_meant_are_refused():
     h, w, target = seeded()
-    with pytest.raises(ValueError, match="reduction='none'"):
-        linear_cross_entropy(h, w, target, reduction="none")
+    with pytest.raises(ValueError, match="reduction='average'; use 'mean', 'sum' or 'none'"):
+        linear_cross_entropy(h, w, target, reduction="average")
+    with pytest.raises(ValueError, match="label_smoothing=1.5"):
+        linear_cross_entropy(h, w, target, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"token_weights \[33\], got \(32,\)"):
+        linear_cross_entropy(h, w, target, token_weights=torch.ones(32))
+    with pytest.raises(ValueError, match="reduction='none', or detach"):
+        linear_cross_entropy(h, w, target, token_weights=torch.ones(33, requires_grad=True))
     with pytest.raises(ValueError, match="compute_dtype=torch.float16"):
         linear_cross_entropy(h, w, target, compute_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"target int64 \[33\], got torch.int32"):
         linear_cross_entropy(h, w, target.int())
     with pytest.raises(ValueError, match=r"\(33, 72\) and \(1001, 71\)"):
         linear_cross_entropy(h, w[:, 1:], target)
+
+
+OPTIONS = [
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "token_weights": torch.linspace(-1, 2, 33)},
+    {"token_weights": torch.linspace(0, 2, 33), "num_items": 7},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options_mean_what_the_reference_says(options, reduction):
+    h, w, target = seeded()
+    options = options | {"reduction": reduction}
+    upstream = torch.linspace(-1, 3, 33, dtype=torch.float64) if reduction == "none" else torch.tensor(1.0)
+
+    def reduced(loss_fn, h, w, target):  # each row its own upstream gradient
+        return (loss_fn(h, w, target, **options) * upstream).sum()
+
+    got, want = (
+        loss_and_grads(lambda *a, loss_fn=loss_fn: reduced(loss_fn, *a), h, w, target)
+        for loss_fn in (linear_cross_entropy, reference.linear_cross_entropy)
+    )
+    assert_equal_to_rounding(got, want, 1e-12)
+
+
+def test_the_reference_smooths_as_torch_does_and_weighs_as_its_definition():
+    h, w, target = seeded()
+    logits, smooth = h @ w.T, {"label_smoothing": 0.2, "ignore_index": IGNORE}
+    want = torch.nn.functional.cross_entropy(logits, target, **smooth)
+    torch.testing.assert_close(reference.cross_entropy(logits, target, **smooth), want)
+    is_target, weights = target != IGNORE, torch.rand(33, dtype=torch.float64)
+    lse = logits.logsumexp(1)
+    each = lse - logits[torch.arange(33), target.clamp(min=0)] + 0.01 * lse**2
+    want = (each * weights)[is_target].sum() / weights[is_target].sum()
+    torch.testing.assert_close(reference.cross_entropy(logits, target, z_loss=0.01, token_weights=weights), want)
+
+
+def test_per_token_losses_hold_no_gradient_and_no_logits():
+    h, w, target = seeded(512, 8, 3001, dtype=torch.float32)
+    h.requires_grad_(), w.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with LargestTensors() as forward:
+            loss = linear_cross_entropy(h, w, target, reduction="none", memory_budget_bytes=2**18)
+    assert loss.shape == (512,) and (loss[target == IGNORE] == 0).all()
+    assert max(t.numel() for t in saved) == w.numel()  # what was given, and numbers a token
+    with LargestTensors() as backward:
+        loss.sum().backward()
+    assert max(forward.numels | backward.numels) <= 2**18 // 4
+
+
+def test_per_token_gradients_of_a_frozen_input_are_not_computed_and_backward_may_run_again():
+    h, w, target = seeded(dtype=torch.float32)
+    _, dh, _ = loss_and_grads(linear_cross_entropy, h, w, target, reduction="sum")
+    loss = linear_cross_entropy(h.requires_grad_(), w, target, reduction="none").sum()
+    with LargestTensors() as ours:
+        loss.backward(retain_graph=True)
+    assert ours.num_products == 2 * 3 and w.numel() not in ours.numels  # tiles: the logits and one gradient
+    assert_equal_to_rounding([h.grad], [dh], 1e-5)
+    first = h.grad.clone()
+    loss.backward()
+    assert torch.equal(h.grad, 2 * first)
+
+
+def test_targets_are_checked_where_asked_even_if_no_loss_is_reduced():
+    h, w, target = seeded()
+    target[20] = 1001
+    for check in (True, False):  # on a CPU always
+        with pytest.raises(ValueError, match=r"target\[20\]=1001"):
+            linear_cross_entropy(h, w, target, reduction="none", check_targets=check)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_operators_are_what_torch_expects_of_one(reduction):
+    h, w, target = seeded(6, 8, 40, dtype=torch.float32)
+    ones, terms, how = (target != IGNORE).float(), (IGNORE, 0.1, 1e-3), (False, torch.float32, None, "torch")
+    for needs in ((True, True), (True, False)):
+        given = h.requires_grad_(needs[0]), w.requires_grad_(needs[1]), target
+        if reduction == "sum":
+            torch.library.opcheck(module._reduced, (*given, ones, ones, ones.sum(), *terms, *how, *needs))
+        else:
+            torch.library.opcheck(module._per_token, (*given, *terms, *how))
+            stats = [t.detach() for t in module._per_token(*given, *terms, *how)[1:]]
+            given = ones, h.detach(), w.detach(), target, *stats, *terms, *how[1:], *needs
+            torch.library.opcheck(module._per_token_backward, given)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_into_one_graph_it_is_the_same(reduction):
+    h, w, target = seeded(9, 8, 40, dtype=torch.float32)
+
+    def head(h, w, target):
+        return linear_cross_entropy(h * 2, w, target, reduction=reduction, label_smoothing=0.1).sum() * 2
+
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    got, want = (loss_and_grads(f, h, w, target) for f in (compiled, head))
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_sharded_weight_is_refused():
+    h, w, target = seeded()
+    w.full_tensor = lambda: w  # as a DTensor has it
+    with pytest.raises(ValueError, match="weight is sharded over processes"):
+        linear_cross_entropy(h, w, target)
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-13), (torch.float32, 1e-5)])

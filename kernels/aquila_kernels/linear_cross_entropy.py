@@ -1,39 +1,28 @@
-"""Cross entropy of a language-model head, without ever holding the [tokens, vocabulary] logits.
+"""Cross entropy of a language-model head, without ever holding the [tokens, vocabulary] logits in fp32.
+
+    loss = cross_entropy(hidden @ weight.T, target)
 
 With N tokens, hidden size H and vocabulary V the logits are by far the largest tensor of a small model's step
-(N=2048, V=151851: 1.2 GB in fp32, and the plain loss keeps several of that size). Here at most the logits of
-n tokens exist, n chosen to fit a budget of memory, and the gradients are formed while they do:
+(N=2048, V=151851: 1.2 GB in fp32, and the plain loss keeps several of that size). Here the logits of some tokens exist
+at a time, as many as a budget of memory holds, and the gradients are formed while they do.
 
-    for each n tokens x:
-        for each tile c of the vocabulary:  z_c = W_c @ x.T;  running max m and sum s of exp(z - m)
-        lse = m + log s;  loss += sum(lse - z[target])
-        for each tile c of the vocabulary:  g = (exp(z_c - lse) - onehot) / divisor, written over z_c
-                                            dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
+Forward keeps dhidden and dweight, and backward multiplies them by the upstream gradient into new tensors. So a loss
+computed with gradients enabled costs its backward at once: evaluate under torch.no_grad, which needs no more than the
+logits. The per-token losses of reduction="none" have an upstream gradient each, which only backward knows: there the
+logits are computed twice, four products instead of three, and no gradient is held in between.
 
-Forward keeps dhidden and dweight, and backward multiplies them by the upstream gradient into new tensors. So
-a loss computed with gradients enabled costs its backward at once: evaluate under torch.no_grad, which needs
-one tile of logits at a time and nothing else.
-
-The other way is to keep only lse and compute the logits again in backward. That is less memory (no gradient
-is held), but four matrix products instead of three: a CPU version of it took 1.0x the time of the plain loss
-at the shape above. This takes less: kernels/bench/results/cpu_linear_cross_entropy.csv.
+linear_cross_entropy_torch.py computes it on any device, linear_cross_entropy_triton.py on a GPU; what they take and
+give is the same. Time and memory: kernels/bench/results/.
 """
-
-import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Shapes (this file): N tokens, n of them whose logits exist at once, H hidden size, V vocabulary, C one tile
+from aquila_kernels import linear_cross_entropy_torch
+from aquila_kernels.arguments import Terms, check_options, divisor, refuse_targets_outside, token_weights_or_ones
+from aquila_kernels.choice import pick_kernel
 
-# Logits of n tokens. On CPU 300 and 600 MiB in fp32, 150 and 300 in bf16, took the same time within 5%.
-# Elsewhere a guess: each tile costs some twenty kernel launches, so fewer and larger ones.
-_BUDGET_BYTES_CPU, _BUDGET_BYTES_OTHER = 256 * 2**20, 2**30
-# One fp32 tile, the working set of the element-wise steps, which are faster in cache; but most of the time is
-# in the products, and on CPU 4 to 32 MiB took the same within 7%.
-_TILE_BYTES_CPU, _TILE_BYTES_OTHER = 8 * 2**20, 128 * 2**20
+# Shapes (this file): N tokens, H hidden size, V vocabulary
 
 
 def linear_cross_entropy(
@@ -44,44 +33,51 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    check_targets: bool = False,
     compute_dtype: torch.dtype | None = None,
     memory_budget_bytes: int | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
-    """Sum over targets of -log softmax(hidden @ weight.T)[target], divided as asked; an fp32 scalar.
+    """reference.cross_entropy of the logits hidden @ weight.T: an fp32 scalar, or (N,) for reduction="none".
 
-    hidden (N, H) and weight (V, H) in fp32 or bf16, any strides; target (N,) int64. fp64 works, in fp64.
-    Divisor: num_items if given (an int or a one-element tensor, for example the targets of all micro-batches
-    and ranks), else the number of targets for reduction="mean" and 1 for "sum".
-    Without any target, "sum" is 0 and "mean" is 0/0 = nan, as in F.cross_entropy; gradients are 0 in both.
+    hidden (N, H) and weight (V, H) in fp32 or bf16, any strides; target (N,) int64. fp64 works in plain torch, in fp64.
+    Divisor: num_items if given (a number or a one-element tensor, for example the targets of all micro-batches and
+    ranks), else the targets' number, or the sum of their token_weights (N,), for "mean", and 1 for "sum". Without any
+    target "sum" is 0 and "mean" is 0/0 = nan, as in F.cross_entropy; gradients are 0 in both.
 
-    compute_dtype is what the matrix products run in, weight being cast one vocabulary tile at a time; by
-    default autocast's dtype where autocast is on, else hidden.dtype. Softmax and loss are computed in fp32.
-    memory_budget_bytes bounds the memory for logits, down to those of one token (default 256 MiB on CPU,
-    1 GiB elsewhere). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight,
-    summed in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory.
-    No input is written to, and backward may run again (retain_graph).
+    compute_dtype is what the matrix products run in; by default autocast's dtype where autocast is on, else
+    hidden.dtype. Softmax, loss, and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits,
+    down to those of one token (default 256 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096
+    tokens, in Triton). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight, summed
+    in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory. No input is
+    written to, backward may run again (retain_graph), and token_weights get no gradient.
 
-    On CPU only rows that have a target are computed, and a target outside [0, V) raises ValueError. Elsewhere
-    nothing waits for the device: all rows are computed, and a target outside [0, V) makes the loss nan.
+    A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
+    waits for the device; else nothing waits for it and the loss is nan. On a CPU only tokens that have a target are
+    computed. kernel: "auto" is Triton's where there is a GPU for it, plain torch elsewhere; see choice.py.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}; use 'mean' or 'sum'.")
-    is_target = _check_inputs(hidden, weight, target, ignore_index)
-    compute_dtype = _pick_compute_dtype(hidden, compute_dtype)
-    if num_items is None:
-        num_items = is_target.sum() if reduction == "mean" else 1
-    elif isinstance(num_items, Tensor):
-        num_items = num_items.reshape(())
-    needs_grads = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-
-    if hidden.device.type == "cpu":
-        rows = is_target.nonzero().squeeze(1)
-        if len(rows) < len(target):
-            # Differentiable: rows without a target get their zero gradient from index_select's own backward.
-            hidden, target, is_target = (t.index_select(0, rows) for t in (hidden, target, is_target))
-    return _TorchLoss.apply(
-        hidden, weight, target, is_target, num_items, needs_grads, compute_dtype, memory_budget_bytes
-    )
+    _check_shapes(hidden, weight)
+    check_options(target, len(hidden), reduction, label_smoothing)
+    if token_weights is not None and token_weights.requires_grad:
+        raise ValueError("token_weights get no gradient here; multiply the losses of reduction='none', or detach them.")
+    kernel = pick_kernel(kernel, hidden.device)
+    products_in = _pick_compute_dtype(hidden, compute_dtype, kernel)
+    terms = (ignore_index, float(label_smoothing), float(z_loss))
+    how = (check_targets, products_in, memory_budget_bytes, kernel)
+    is_target_N = target != ignore_index
+    weight_N = token_weights_or_ones(token_weights, is_target_N).to(torch.promote_types(products_in, torch.float32))
+    if reduction == "none":
+        loss_N, _, _ = _per_token(hidden, weight, target, *terms, *how)
+        return torch.where(is_target_N, loss_N * weight_N, 0)
+    items = divisor(reduction, num_items, weight_N)
+    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+    # where, not a quotient alone: without any target items is 0, and 0 / 0 nan
+    upstream_N = torch.where(is_target_N, weight_N / items, 0)
+    loss, _, _ = _reduced(hidden, weight, target, weight_N, upstream_N, items, *terms, *how, *needs)
+    return loss
 
 
 @torch.no_grad()
@@ -91,47 +87,41 @@ def linear_log_probs(
     target: Tensor,
     *,
     ignore_index: int = -100,
+    check_targets: bool = False,
     compute_dtype: torch.dtype | None = None,
     memory_budget_bytes: int | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] for each token, fp32 (N,); 0 where target is ignore_index.
 
     For evaluation: no gradient. Arguments, memory and errors are those of linear_cross_entropy.
     """
-    is_target = _check_inputs(hidden, weight, target, ignore_index)
-    compute_dtype = _pick_compute_dtype(hidden, compute_dtype)
-    if hidden.device.type != "cpu":
-        lse, target_logit = _softmax_stats(hidden.to(compute_dtype), weight, target, memory_budget_bytes)
-        return torch.where(is_target, target_logit - lse, 0)
-    rows = is_target.nonzero().squeeze(1)
-    hidden, target_of_rows = hidden.index_select(0, rows).to(compute_dtype), target.index_select(0, rows)
-    lse, target_logit = _softmax_stats(hidden, weight, target_of_rows, memory_budget_bytes)
-    return lse.new_zeros(len(target)).index_copy_(0, rows, target_logit - lse)
+    return -linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        ignore_index=ignore_index,
+        reduction="none",
+        check_targets=check_targets,
+        compute_dtype=compute_dtype,
+        memory_budget_bytes=memory_budget_bytes,
+        kernel=kernel,
+    )
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Raise ValueError for what cannot be meant; return the mask of tokens that have a target."""
+def _check_shapes(hidden: Tensor, weight: Tensor) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
         raise ValueError(
             f"expected hidden [N, H] and weight [V, H] with V > 0, got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"expected target int64 [{len(hidden)}], got {target.dtype} {tuple(target.shape)}; "
-            "flatten batch and time together, and shift targets before the call."
-        )
-    is_target = target != ignore_index
-    if target.device.type == "cpu":
-        is_wrong = is_target & ((target < 0) | (target >= len(weight)))
-        if is_wrong.any():
-            i = int(is_wrong.nonzero()[0])
+    for name, given in (("hidden", hidden), ("weight", weight)):
+        if hasattr(given, "full_tensor"):  # a DTensor: a part would be taken for the whole
             raise ValueError(
-                f"target[{i}]={int(target[i])} is neither in [0, {len(weight)}) nor ignore_index={ignore_index}."
+                f"{name} is sharded over processes (DTensor); gather it first, as FSDP does for a forward."
             )
-    return is_target
 
 
-def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None, kernel: str) -> torch.dtype:
     if compute_dtype is None:
         device_type = hidden.device.type
         # Autocast leaves fp64 alone, and so do we.
@@ -140,133 +130,188 @@ def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None) -> to
     if compute_dtype not in (torch.bfloat16, torch.float32, torch.float64):
         # fp16: the gradient of a logit, p / num_items, is often below its smallest number.
         raise ValueError(f"compute_dtype={compute_dtype} is not supported; use bfloat16 or float32.")
+    if compute_dtype == torch.float64 and kernel == "triton":
+        raise ValueError("float64 has no Triton kernel; use kernel='torch' for it.")
     return compute_dtype
 
 
-# ---- torch path: any device ----
+# ---- operators: opaque to torch.compile, with shapes and gradients of their own ----
 
 
-class _TorchLoss(torch.autograd.Function):
-    """Sum of -log_probs over rows with is_target, divided by num_items."""
-
-    @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_N, is_target_N, num_items, needs_grads, compute_dtype, budget_bytes):
-        x_NH = hidden_NH.to(compute_dtype)
-        divisor = torch.zeros((), dtype=_stats_dtype(x_NH), device=x_NH.device) + num_items
-        if any(needs_grads):
-            # where, not a product: without any target the divisor is 0, and 0 * inf would be nan.
-            scale_N = torch.where(is_target_N, 1 / divisor, 0)
-            lse_N, target_logit_N, dhidden_NH, dweight_VH = _softmax_stats_and_grads(
-                x_NH, weight_VH, target_N, scale_N, needs_grads, budget_bytes
+@torch.library.custom_op("aquila::linear_cross_entropy", mutates_args=())
+def _reduced(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    weight_N: Tensor,
+    upstream_N: Tensor,
+    items: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    check_targets: bool,
+    products_in: torch.dtype,
+    budget_bytes: int | None,
+    kernel: str,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(weight x loss) / items, and its gradients, which upstream = weight / items scales; an empty tensor where
+    one is not needed. dhidden fp32, dweight like weight."""
+    terms, needs = Terms(ignore_index, label_smoothing, z_loss), (needs_dhidden, needs_dweight)
+    path, rows = _begin(hidden, weight, target, terms, check_targets, kernel)
+    x_NH, target_N, weight_N, upstream_N = _of_rows(rows, hidden, target, weight_N, upstream_N)
+    x_NH = x_NH.to(products_in).contiguous()
+    dhidden_NH = dweight_VH = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        if any(needs):
+            loss_N, dhidden_NH, dweight_VH = path.losses_and_gradients(
+                x_NH, weight, target_N, upstream_N, terms, needs, budget_bytes
             )
-            ctx.save_for_backward(dhidden_NH, dweight_VH)
-            ctx.hidden_dtype = hidden_NH.dtype
         else:
-            lse_N, target_logit_N = _softmax_stats(x_NH, weight_VH, target_N, budget_bytes)
-        return torch.where(is_target_N, lse_N - target_logit_N, 0).sum() / divisor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        dhidden_NH, dweight_VH = ctx.saved_tensors
-        dhidden_NH = None if dhidden_NH is None else (dhidden_NH * grad).to(ctx.hidden_dtype)
-        dweight_VH = None if dweight_VH is None else dweight_VH * grad
-        return dhidden_NH, dweight_VH, None, None, None, None, None, None
+            loss_N, _, _ = path.losses(x_NH, weight, target_N, terms, budget_bytes)
+    loss = torch.where(target_N == ignore_index, 0, loss_N * weight_N).sum() / items
+    return loss, *_finished(dhidden_NH, dweight_VH, hidden, weight, rows, loss.dtype)
 
 
-def _softmax_stats(x_nH, weight_VH, target_n, budget_bytes, logits_Vn=None) -> tuple[Tensor, Tensor]:
-    """Each row's log-sum-exp and target logit (nan where target is not in [0, V)), both fp32 (n,).
-
-    The products run in x's dtype. The logits are left in logits_Vn if that is given.
-    """
-    max_n = x_nH.new_full(target_n.shape, -math.inf, dtype=_stats_dtype(x_nH))
-    sum_exp_n = torch.zeros_like(max_n)
-    target_logit_n = torch.full_like(max_n, math.nan)
-    with torch.autocast(x_nH.device.type, enabled=False):
-        for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
-            weight_CH = weight_VH[columns].to(x_nH.dtype)
-            out = None if logits_Vn is None else logits_Vn[columns]
-            logits_Cn = torch.mm(weight_CH, x_nH.T, out=out)
-            has_target_n, target_index = _locate(target_n, columns)
-            target_logit_n = torch.where(has_target_n, logits_Cn[target_index], target_logit_n)
-            exp_Cn = logits_Cn.to(max_n.dtype, copy=True)
-            new_max_n = torch.maximum(max_n, exp_Cn.amax(0))
-            exp_Cn.sub_(new_max_n).exp_()
-            sum_exp_n = sum_exp_n * (max_n - new_max_n).exp_() + exp_Cn.sum(0)
-            max_n = new_max_n
-    return max_n + sum_exp_n.log(), target_logit_n
+@_reduced.register_fake
+def _(hidden, weight, target, weight_N, upstream_N, items, i, s, z, c, products_in, b, k, needs_dhidden, needs_dweight):
+    stats = torch.promote_types(products_in, torch.float32)
+    dhidden = hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=stats)
+    return hidden.new_empty((), dtype=stats), dhidden, weight.new_empty(weight.shape if needs_dweight else 0)
 
 
-def _softmax_stats_and_grads(x_NH, weight_VH, target_N, scale_N, needs_grads, budget_bytes):
-    """_softmax_stats, and gradients of sum(scale * (lse - target_logit)): dhidden fp32, dweight as weight."""
-    num_rows, vocab_size, stats_dtype = len(x_NH), len(weight_VH), scale_N.dtype
-    needs_dhidden, needs_dweight = needs_grads
-    dhidden_NH = torch.zeros_like(x_NH, dtype=stats_dtype) if needs_dhidden else None
-    dweight_VH = torch.zeros_like(weight_VH, dtype=stats_dtype) if needs_dweight else None
-    if budget_bytes is None:
-        budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
-    # At most half of the tokens at once, however few they are: the full logits never exist.
-    max_rows = max(min(budget_bytes // (vocab_size * x_NH.dtype.itemsize), (num_rows + 1) // 2), 1)
-    num_chunks = max(-(-num_rows // max_rows), 1)
-    rows_per_chunk = max(-(-num_rows // num_chunks), 1)
-    scratch = x_NH.new_empty(vocab_size * rows_per_chunk)
-
-    stats = []
-    for start in range(0, max(num_rows, 1), rows_per_chunk):
-        rows = slice(start, start + rows_per_chunk)
-        x_nH, target_n, scale_n = x_NH[rows], target_N[rows], scale_N[rows]
-        logits_Vn = scratch[: vocab_size * len(x_nH)].view(vocab_size, len(x_nH))
-        lse_n, target_logit_n = _softmax_stats(x_nH, weight_VH, target_n, budget_bytes, logits_Vn)
-        stats.append((lse_n, target_logit_n))
-        with torch.autocast(x_NH.device.type, enabled=False):
-            for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
-                dlogits_Cn = _dlogits_over(logits_Vn[columns], lse_n, scale_n, *_locate(target_n, columns))
-                if needs_dhidden:
-                    _add_product(dhidden_NH[rows], dlogits_Cn.T, weight_VH[columns].to(x_NH.dtype))
-                if needs_dweight:
-                    _add_product(dweight_VH[columns], dlogits_Cn, x_nH)
-    del scratch, logits_Vn, dlogits_Cn  # one memory, to be free before dweight is copied to its dtype
-    lse_N, target_logit_N = (torch.cat(s) for s in zip(*stats, strict=True))
-    return lse_N, target_logit_N, dhidden_NH, dweight_VH.to(weight_VH.dtype) if needs_dweight else None
+def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.hidden_dtype, ctx.needs = inputs[0].dtype, inputs[-2:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
 
 
-def _dlogits_over(logits_Cn, lse_n, scale_n, has_target_n, target_index) -> Tensor:
-    """(softmax - onehot) * scale, written over the logits, formed in fp32: bf16 loses p - 1 near p = 1."""
-    dlogits_Cn = logits_Cn.to(lse_n.dtype).sub_(lse_n).exp_()
-    dlogits_Cn[target_index] -= has_target_n.to(lse_n.dtype)
-    return logits_Cn.copy_(dlogits_Cn.mul_(scale_n))
+def _scale_gradients(ctx, upstream, *_):
+    dhidden_NH, dweight_VH = (
+        gradient * upstream if needed and upstream is not None else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return None if dhidden_NH is None else dhidden_NH.to(ctx.hidden_dtype), dweight_VH, *[None] * 13
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; a bf16 product is summed inside in fp32, rounded once, and added to an fp32 total."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+_reduced.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("aquila::linear_cross_entropy_per_token", mutates_args=())
+def _per_token(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    check_targets: bool,
+    products_in: torch.dtype,
+    budget_bytes: int | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, 0 without a target, and the offset and scale that its gradient needs; fp32 (N,)."""
+    terms = Terms(ignore_index, label_smoothing, z_loss)
+    path, rows = _begin(hidden, weight, target, terms, check_targets, kernel)
+    x_NH, target_N = _of_rows(rows, hidden, target)
+    with torch.autocast(hidden.device.type, enabled=False):
+        of_rows = path.losses(x_NH.to(products_in).contiguous(), weight, target_N, terms, budget_bytes)
+    if rows is None:
+        return of_rows
+    return tuple(t.new_zeros(len(target)).index_copy_(0, rows, t) for t in of_rows)
+
+
+@_per_token.register_fake
+def _(hidden, weight, target, i, s, z, c, products_in, b, k):
+    stats = torch.promote_types(products_in, torch.float32)
+    return tuple(hidden.new_empty(target.shape, dtype=stats) for _ in range(3))
+
+
+@torch.library.custom_op("aquila::linear_cross_entropy_per_token_backward", mutates_args=())
+def _per_token_backward(
+    upstream_N: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    offset_N: Tensor,
+    scale_N: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    products_in: torch.dtype,
+    budget_bytes: int | None,
+    kernel: str,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dhidden like hidden and dweight like weight; an empty tensor where one is not needed."""
+    terms, needs = Terms(ignore_index, label_smoothing, z_loss), (needs_dhidden, needs_dweight)
+    path, rows = _begin(hidden, weight, target, terms, False, kernel)
+    x_NH, target_N, *stats = _of_rows(rows, hidden, target, offset_N, scale_N, upstream_N)
+    stats[-1] = torch.where(target_N == ignore_index, 0, stats[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = path.gradients(
+            x_NH.to(products_in).contiguous(), weight, target_N, *stats, terms, needs, budget_bytes
+        )
+    return _finished(*gradients, hidden, weight, rows, hidden.dtype)
+
+
+@_per_token_backward.register_fake
+def _(upstream_N, hidden, weight, target, o, r, i, s, z, products_in, b, k, needs_dhidden, needs_dweight):
+    return tuple(
+        t.new_empty(t.shape if needed else 0) for t, needed in ((hidden, needs_dhidden), (weight, needs_dweight))
+    )
+
+
+def _keep_stats(ctx, inputs, output) -> None:
+    hidden, weight, target, *terms, _, products_in, budget_bytes, kernel = inputs
+    ctx.given = (*terms, products_in, budget_bytes, kernel)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, *output[1:])
+
+
+def _recompute_gradients(ctx, upstream_N, *_):
+    if upstream_N is None:
+        return (None,) * 10
+    needs = ctx.needs_input_grad[:2]
+    gradients = _per_token_backward(upstream_N.contiguous(), *ctx.saved_tensors, *ctx.given, *needs)
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
+
+
+_per_token.register_autograd(_recompute_gradients, setup_context=_keep_stats)
+
+
+# ---- what the operators have in common ----
+
+
+def _begin(hidden: Tensor, weight: Tensor, target: Tensor, terms: Terms, check_targets: bool, kernel: str):
+    """The module that computes, and which rows: on a CPU those with a target, elsewhere all (None)."""
+    if check_targets or target.device.type == "cpu":
+        refuse_targets_outside(target, len(weight), terms.ignore_index)
+    if kernel == "torch":
+        path = linear_cross_entropy_torch
     else:
-        total += a @ b
+        from aquila_kernels import linear_cross_entropy_triton as path  # Triton is not everywhere
+    if hidden.device.type != "cpu":  # to know the rows is to wait for the device
+        return path, None
+    is_target = target != terms.ignore_index
+    return path, None if is_target.all() else is_target.nonzero().squeeze(1)
 
 
-def _locate(target_n: Tensor, columns: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Whether each target is among the columns, and where in the tile [C, n] (anywhere, if it is not).
-
-    So every tile takes the same steps, and nothing asks the device how many targets it has.
-    """
-    offset_n = target_n - columns.start
-    has_target_n = (offset_n >= 0) & (target_n < columns.stop)
-    row_n = torch.arange(len(target_n), device=target_n.device)
-    return has_target_n, (offset_n.clamp(0, columns.stop - columns.start - 1), row_n)
+def _of_rows(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() if rows is None else t.index_select(0, rows) for t in tensors]
 
 
-def _vocab_tiles(x_nH: Tensor, weight_VH: Tensor, budget_bytes: int | None) -> Iterator[slice]:
-    """Column ranges whose fp32 logits for these rows make one tile; never the whole vocabulary."""
-    vocab_size = len(weight_VH)
-    tile_bytes = _TILE_BYTES_CPU if x_nH.device.type == "cpu" else _TILE_BYTES_OTHER
-    if budget_bytes is not None:
-        tile_bytes = min(tile_bytes, budget_bytes)
-    width = min(tile_bytes // (_stats_dtype(x_nH).itemsize * max(len(x_nH), 1)), (vocab_size + 1) // 2)
-    width = max(width // 64 * 64, min(width, 64), 1)
-    for start in range(0, vocab_size, width):
-        yield slice(start, min(start + width, vocab_size))
-
-
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _finished(dhidden_nH, dweight_VH, hidden, weight, rows, dhidden_dtype) -> tuple[Tensor, Tensor]:
+    """dhidden of all rows in the dtype asked for and dweight in weight's; an empty tensor for None."""
+    if dhidden_nH is None:
+        dhidden_NH = hidden.new_empty(0, dtype=dhidden_dtype)
+    elif rows is None:
+        dhidden_NH = dhidden_nH.to(dhidden_dtype)
+    else:
+        dhidden_NH = dhidden_nH.new_zeros(hidden.shape, dtype=dhidden_dtype)
+        dhidden_NH.index_copy_(0, rows, dhidden_nH.to(dhidden_dtype))
+    return dhidden_NH, weight.new_empty(0) if dweight_VH is None else dweight_VH.to(weight.dtype)

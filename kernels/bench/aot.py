@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import triton
-from aquila_kernels import rms_norm
+from aquila_kernels import cross_entropy, linear_cross_entropy_triton, rms_norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,16 +39,63 @@ class Case:
     types: dict[str, str]  # argument -> Triton type; all others are constants
     constants: dict[str, int]
     options: dict[str, int]  # of the launch: num_warps, …
+    unaligned: tuple[str, ...] = ()  # integers that are no multiple of 16
 
 
 def cases() -> list[Case]:
     """The shapes of Aquila-135M and of the bundled world, as training meets them."""
+    return [*of_rms_norm(), *of_cross_entropy(), *of_target_logit()]
+
+
+def split(launch: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """A launch's constants, in capitals, and its options."""
+    return {k: v for k, v in launch.items() if k.isupper()}, {k: v for k, v in launch.items() if not k.isupper()}
+
+
+def of_cross_entropy() -> list[Case]:
+    """Logits of the head, padded, whose exponentials are written or whose gradient is; logits with an odd stride."""
+    constants, options = split(cross_entropy.LAUNCH)
+    numbers = {"num_columns": "i32", "stride": "i32", "ignore_index": "i32", "label_smoothing": "fp32"}
+    found = []
+    for logits in ("bf16", "fp32"):
+        rows = {"logits_ptr": TYPES[logits], "target_ptr": "*i64", "target_logit_ptr": "*fp32"}
+        forward = rows | dict.fromkeys(("loss_ptr", "offset_ptr", "scale_ptr"), "*fp32") | numbers | {"z_loss": "fp32"}
+        backward = rows | dict.fromkeys(("offset_ptr", "scale_ptr", "upstream_ptr"), "*fp32")
+        backward |= {"dlogits_ptr": TYPES[logits]} | numbers
+        for of_head in (True, False):
+            for smoothing in (False, True):
+                kind = constants | {"HAS_TARGET_LOGIT": of_head, "SMOOTHING": smoothing}
+                name = f"{'of the head' if of_head else 'odd stride'} {logits}{' smoothed' if smoothing else ''}"
+                unaligned = ("num_columns", "ignore_index") + (() if of_head else ("stride",))
+                for kernel, types in (
+                    (cross_entropy._softmax_rows, forward),
+                    (cross_entropy._gradient_rows, backward),
+                ):
+                    given = dict(types)
+                    if not of_head:
+                        kind = kind | {"target_logit_ptr": None}
+                        del given["target_logit_ptr"]
+                    full = kind | ({"WRITE_EXP": of_head} if kernel is cross_entropy._softmax_rows else {})
+                    found.append(Case(kernel, name, given, full, options, unaligned))
+    return found
+
+
+def of_target_logit() -> list[Case]:
+    constants, options = split(linear_cross_entropy_triton._TARGET_LAUNCH)
+    found = []
+    for kind in ("bf16", "fp32"):
+        types = {"x_ptr": TYPES[kind], "weight_ptr": TYPES[kind], "target_ptr": "*i64", "out_ptr": "*fp32"}
+        types |= {"num_columns": "i32", "x_stride": "i32"}
+        kernel = linear_cross_entropy_triton._target_logit
+        found.append(Case(kernel, f"H=576 {kind}", types, constants | {"H": 576}, options, ("num_columns",)))
+    return found
+
+
+def of_rms_norm() -> list[Case]:
     found = []
     for hidden in (576, 128):
         for rows, weights in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
-            launch = rms_norm.blocks(hidden)
-            constants = {name: value for name, value in launch.items() if name.isupper()}
-            options = {name: value for name, value in launch.items() if not name.isupper()}
+            constants, options = split(rms_norm.blocks(hidden))
             x, weight, result = TYPES[rows], TYPES[weights], "*fp32" if "fp32" in (rows, weights) else "*bf16"
             shape = f"H={hidden} x {rows} weight {weights}"
             forward = {"x_ptr": x, "weight_ptr": weight, "y_ptr": result, "r_ptr": "*fp32"}
@@ -64,7 +111,11 @@ def compiled(case: Case, target: str) -> dict:
     """One row of the table."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name] == "i32"]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name not in case.unaligned)
+    ]
     source = ASTSource(
         fn=case.kernel,
         signature=signature,

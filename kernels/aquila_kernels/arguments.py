@@ -1,0 +1,62 @@
+"""What the losses of this package have in common: which arguments they refuse, and how per-token losses are reduced."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Shapes (this file): N tokens
+
+
+class Terms(NamedTuple):
+    """What a token's loss is made of: reference.cross_entropy."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+def check_options(target: Tensor, num_tokens: int, reduction: str, label_smoothing: float) -> None:
+    """ValueError for what cannot be meant, without looking at any number on a device."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'.")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing}; use a share between 0 and 1.")
+    if target.shape != (num_tokens,) or target.dtype != torch.int64:
+        raise ValueError(
+            f"expected target int64 [{num_tokens}], got {target.dtype} {tuple(target.shape)}; "
+            "flatten batch and time together, and shift targets before the call."
+        )
+
+
+def refuse_targets_outside(target_N: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError that names the first target outside the vocabulary; waits for the device."""
+    is_wrong_N = targets_outside(target_N, vocab_size, ignore_index)
+    if is_wrong_N.any():
+        i = int(is_wrong_N.nonzero()[0])
+        raise ValueError(
+            f"target[{i}]={int(target_N[i])} is neither in [0, {vocab_size}) nor ignore_index={ignore_index}."
+        )
+
+
+def targets_outside(target_N: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    return (target_N != ignore_index) & ((target_N < 0) | (target_N >= vocab_size))
+
+
+def token_weights_or_ones(token_weights: Tensor | None, is_target_N: Tensor) -> Tensor:
+    """fp32 at least, 0 where there is no target."""
+    if token_weights is None:
+        return is_target_N.to(torch.float32)
+    if token_weights.shape != is_target_N.shape:
+        raise ValueError(f"expected token_weights [{len(is_target_N)}], got {tuple(token_weights.shape)}.")
+    # where, not a product: a weight without a target may be anything
+    return torch.where(is_target_N, token_weights.to(torch.promote_types(token_weights.dtype, torch.float32)), 0)
+
+
+def divisor(reduction: str, num_items: int | float | Tensor | None, weight_N: Tensor) -> Tensor:
+    """What the sum of the losses is divided by, on the device of `weight_N`, (): nothing waits for it."""
+    if num_items is None:
+        return weight_N.sum() if reduction == "mean" else weight_N.new_ones(())
+    if isinstance(num_items, Tensor):
+        return num_items.to(weight_N).reshape(())
+    return weight_N.new_full((), num_items)

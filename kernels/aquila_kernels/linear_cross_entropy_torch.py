@@ -1,0 +1,204 @@
+"""The loss of linear_cross_entropy in plain torch, for any device: chunks of tokens, tiles of the vocabulary.
+
+    for each n tokens x:
+        for each tile c of the vocabulary:  z_c = W_c @ x.T;  running max m and sum s of exp(z - m)
+        lse = m + log s
+        for each tile c of the vocabulary:  g = upstream (k exp(z_c - lse) - (1 - e) onehot - e / V), over z_c
+                                            dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
+
+Three products, and at most n rows of logits at once. Where the upstream gradient of each token is not known yet, the
+second half waits for backward and computes each tile of logits again: four products, and one tile of logits.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aquila_kernels.arguments import Terms
+
+# Shapes (this file): N tokens, n of them whose logits exist at once, H hidden size, V vocabulary, C one tile
+
+# Logits of n tokens. On CPU 300 and 600 MiB in fp32, 150 and 300 in bf16, took the same time within 5%.
+# Elsewhere a guess: each tile costs some twenty kernel launches, so fewer and larger ones.
+_BUDGET_BYTES_CPU, _BUDGET_BYTES_OTHER = 256 * 2**20, 2**30
+# One fp32 tile, the working set of the element-wise steps, which are faster in cache; but most of the time is
+# in the products, and on CPU 4 to 32 MiB took the same within 7%.
+_TILE_BYTES_CPU, _TILE_BYTES_OTHER = 8 * 2**20, 128 * 2**20
+
+
+def losses(
+    x_NH: Tensor, weight_VH: Tensor, target_N: Tensor, terms: Terms, budget_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, and the offset and scale of its softmax: p = scale / k exp(z - offset). fp32 (N,)."""
+    return _losses(x_NH, weight_VH, target_N, terms, _mean_weight(weight_VH, terms), budget_bytes)
+
+
+def gradients(
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    offset_N: Tensor,
+    scale_N: Tensor,
+    upstream_N: Tensor,
+    terms: Terms,
+    needs: tuple[bool, bool],
+    budget_bytes: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dhidden and dweight of sum(upstream x loss), fp32, where needed; the logits are computed again."""
+    dhidden_NH, dweight_VH = _zeros(x_NH, weight_VH, needs)
+    _add_gradients(
+        dhidden_NH, dweight_VH, x_NH, weight_VH, target_N, offset_N, scale_N, upstream_N, terms, budget_bytes
+    )
+    return dhidden_NH, dweight_VH
+
+
+def losses_and_gradients(
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    upstream_N: Tensor,
+    terms: Terms,
+    needs: tuple[bool, bool],
+    budget_bytes: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Each token's loss, and dhidden and dweight of sum(upstream x loss); all fp32."""
+    num_rows, vocab_size = len(x_NH), len(weight_VH)
+    dhidden_NH, dweight_VH = _zeros(x_NH, weight_VH, needs)
+    mean_weight_H = _mean_weight(weight_VH, terms)
+    if budget_bytes is None:
+        budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
+    # At most half of the tokens at once, however few they are: the full logits never exist.
+    max_rows = max(min(budget_bytes // (vocab_size * x_NH.dtype.itemsize), (num_rows + 1) // 2), 1)
+    num_chunks = max(-(-num_rows // max_rows), 1)
+    rows_per_chunk = max(-(-num_rows // num_chunks), 1)
+    scratch = x_NH.new_empty(vocab_size * rows_per_chunk)
+
+    loss_N = x_NH.new_zeros(num_rows, dtype=_stats_dtype(x_NH))
+    for start in range(0, num_rows, rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        x_nH, target_n = x_NH[rows], target_N[rows]
+        logits_Vn = scratch[: vocab_size * len(x_nH)].view(vocab_size, len(x_nH))
+        loss_N[rows], offset_n, scale_n = _losses(
+            x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logits_Vn
+        )
+        _add_gradients(
+            None if dhidden_NH is None else dhidden_NH[rows],
+            dweight_VH,
+            x_nH,
+            weight_VH,
+            target_n,
+            offset_n,
+            scale_n,
+            upstream_N[rows],
+            terms,
+            budget_bytes,
+            logits_Vn,
+        )
+    return loss_N, dhidden_NH, dweight_VH
+
+
+def _zeros(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
+    return [
+        torch.zeros_like(t, dtype=_stats_dtype(x_NH), memory_format=torch.contiguous_format) if needed else None
+        for t, needed in zip((x_NH, weight_VH), needs, strict=True)
+    ]
+
+
+def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logits_Vn=None):
+    """See losses; the logits are left in logits_Vn if that is given. nan where target is not in [0, V)."""
+    max_n = x_nH.new_full(target_n.shape, -math.inf, dtype=_stats_dtype(x_nH))
+    sum_exp_n = torch.zeros_like(max_n)
+    target_logit_n = torch.full_like(max_n, math.nan)
+    for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
+        out = None if logits_Vn is None else logits_Vn[columns]
+        logits_Cn = torch.mm(weight_VH[columns].to(x_nH.dtype), x_nH.T, out=out)
+        has_target_n, target_index = _locate(target_n, columns)
+        target_logit_n = torch.where(has_target_n, logits_Cn[target_index], target_logit_n)
+        exp_Cn = logits_Cn.to(max_n.dtype, copy=True)
+        new_max_n = torch.maximum(max_n, exp_Cn.amax(0))
+        # nothing but -inf so far: their exponential is 0, not that of -inf + inf
+        finite_n = torch.where(new_max_n == -math.inf, 0, new_max_n)
+        exp_Cn.sub_(finite_n).exp_()
+        sum_exp_n = sum_exp_n * (max_n - finite_n).exp_() + exp_Cn.sum(0)
+        max_n = new_max_n
+    lse_n = max_n + sum_exp_n.log()
+    loss_n = (max_n - target_logit_n) + sum_exp_n.log()
+    if terms.label_smoothing:
+        mean_logit_n = x_nH.to(max_n.dtype) @ mean_weight_H
+        loss_n += terms.label_smoothing * (target_logit_n - mean_logit_n)
+    loss_n += terms.z_loss * lse_n.square()
+    return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, 1 + 2 * terms.z_loss * lse_n
+
+
+def _add_gradients(
+    dhidden_nH,
+    dweight_VH,
+    x_nH,
+    weight_VH,
+    target_n,
+    offset_n,
+    scale_n,
+    upstream_n,
+    terms,
+    budget_bytes,
+    logits_Vn=None,
+) -> None:
+    """Add the gradients of sum(upstream x loss); logits_Vn, if given, is written over."""
+    for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
+        weight_CH = weight_VH[columns].to(x_nH.dtype)
+        logits_Cn = torch.mm(weight_CH, x_nH.T) if logits_Vn is None else logits_Vn[columns]
+        # formed in fp32: bf16 loses p - 1 near p = 1
+        wide_Cn = logits_Cn.to(offset_n.dtype).sub_(offset_n).exp_()
+        if terms.z_loss:
+            wide_Cn.mul_(scale_n)
+        if terms.label_smoothing:
+            wide_Cn.sub_(terms.label_smoothing / len(weight_VH))
+        has_target_n, target_index = _locate(target_n, columns)
+        wide_Cn[target_index] -= has_target_n.to(wide_Cn.dtype) * (1 - terms.label_smoothing)
+        dlogits_Cn = logits_Cn.copy_(wide_Cn.mul_(upstream_n))
+        if dhidden_nH is not None:
+            _add_product(dhidden_nH, dlogits_Cn.T, weight_CH)
+        if dweight_VH is not None:
+            _add_product(dweight_VH[columns], dlogits_Cn, x_nH)
+
+
+def _mean_weight(weight_VH: Tensor, terms: Terms) -> Tensor | None:
+    """The mean of all rows, whose product with x is the mean of its logits."""
+    return weight_VH.mean(0, dtype=_stats_dtype(weight_VH)) if terms.label_smoothing else None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; a bf16 product is summed inside in fp32, rounded once, and added to an fp32 total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _locate(target_n: Tensor, columns: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Whether each target is among the columns, and where in the tile [C, n] (anywhere, if it is not).
+
+    So every tile takes the same steps, and nothing asks the device how many targets it has.
+    """
+    offset_n = target_n - columns.start
+    has_target_n = (offset_n >= 0) & (target_n < columns.stop)
+    row_n = torch.arange(len(target_n), device=target_n.device)
+    return has_target_n, (offset_n.clamp(0, columns.stop - columns.start - 1), row_n)
+
+
+def _vocab_tiles(x_nH: Tensor, weight_VH: Tensor, budget_bytes: int | None) -> Iterator[slice]:
+    """Column ranges whose fp32 logits for these rows make one tile; never the whole vocabulary."""
+    vocab_size = len(weight_VH)
+    tile_bytes = _TILE_BYTES_CPU if x_nH.device.type == "cpu" else _TILE_BYTES_OTHER
+    if budget_bytes is not None:
+        tile_bytes = min(tile_bytes, budget_bytes)
+    width = min(tile_bytes // (_stats_dtype(x_nH).itemsize * max(len(x_nH), 1)), (vocab_size + 1) // 2)
+    width = max(width // 64 * 64, min(width, 64), 1)
+    for start in range(0, vocab_size, width):
+        yield slice(start, min(start + width, vocab_size))
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
