@@ -18,7 +18,7 @@ linear_cross_entropy = functools.partial(module.linear_cross_entropy, kernel="tr
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks at a small vocabulary."""
-    monkeypatch.setitem(aquila_kernels.cross_entropy.LAUNCH, "BLOCK", 64)
+    monkeypatch.setattr(aquila_kernels.cross_entropy, "launch", lambda dtype: {"BLOCK": 64})
     monkeypatch.setitem(path._TARGET_LAUNCH, "BLOCK", 32)
 
 

@@ -33,12 +33,6 @@ from aquila_kernels.choice import pick_kernel
 
 # Shapes (this file): N tokens, V vocabulary
 
-LAUNCH = {
-    "BLOCK": 4096,  # columns at a time, in 8 warps: 32,768 in 32 spill registers
-    "num_warps": 8,
-    "enable_fp_fusion": True,  # a product and a sum in one rounding; Triton's default is about to change
-}
-
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _HEADROOM = tl.constexpr(40.0)  # its exponential times any vocabulary is far from where fp32 and bf16 end
 _ALIGNED = tl.constexpr(8)  # elements: 16 bytes of bf16, 32 of fp32
@@ -92,6 +86,17 @@ def cross_entropy(
     weight_N = token_weights_or_ones(token_weights, is_target_N)
     loss_N = torch.where(is_target_N, loss_N * weight_N, 0)
     return loss_N if reduction == "none" else loss_N.sum() / divisor(reduction, num_items, weight_N)
+
+
+def launch(dtype: torch.dtype) -> dict[str, int]:
+    """The constants of a launch over logits of this dtype."""
+    return {
+        # 8 KiB of columns at a time in 8 warps: 64 registers in bf16, so four programs a multiprocessor; twice that
+        # spills registers in fp32 (sm_80)
+        "BLOCK": 8192 // dtype.itemsize,
+        "num_warps": 8,
+        "enable_fp_fusion": True,  # a product and a sum in one rounding; Triton's default is about to change
+    }
 
 
 # ---- kernels ----
@@ -263,9 +268,7 @@ def softmax_rows(
     target_logit_N replaces the target's logit by one in fp32. write_exp: see the kernel; the logits' row stride is
     then a multiple of 8 elements, and the columns up to it are ours to write.
     """
-    loss_N, offset_N, scale_N = (
-        torch.empty(len(target_N), dtype=torch.float32, device=logits_NV.device) for _ in "123"
-    )
+    loss_N, offset_N, scale_N = three_numbers_a_token(logits_NV, len(target_N))
     if len(target_N):
         _softmax_rows[(len(target_N),)](
             logits_NV,
@@ -282,7 +285,7 @@ def softmax_rows(
             HAS_TARGET_LOGIT=target_logit_N is not None,
             SMOOTHING=label_smoothing != 0,
             WRITE_EXP=write_exp,
-            **LAUNCH,
+            **launch(logits_NV.dtype),
         )
     return loss_N, offset_N, scale_N
 
@@ -320,7 +323,7 @@ def gradient_rows(
             float(label_smoothing),
             HAS_TARGET_LOGIT=target_logit_N is not None,
             SMOOTHING=label_smoothing != 0,
-            **LAUNCH,
+            **launch(logits_NV.dtype),
         )
 
 

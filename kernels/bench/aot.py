@@ -1,21 +1,25 @@
-"""Every kernel that is shipped, compiled for GPUs that need not be there: registers, spills, shared memory, loads.
+"""Every kernel that is shipped, compiled for GPUs that need not be there: registers, spills, shared memory, loads,
+matrix instructions.
 
     python kernels/bench/aot.py        # prints a table, writes results/aot.csv; status 1 if a kernel is not fit to ship
 
-A kernel that spills registers, needs more shared memory than the GPU has, or loads its rows piece by piece is slow, and
-no test of its results shows it. The kernels are compiled as a launch would compile them: the same constants, pointers
-at multiples of 16 bytes, sizes and strides that are multiples of 16.
+A kernel that spills registers, needs more shared memory than the GPU has, loads its rows piece by piece, or multiplies
+matrices without the instructions for it is slow, and no test of its results shows it. (No kernel of today multiplies
+matrices: the products are the library's.) They are compiled as a launch would compile them: the same constants,
+pointers at multiples of 16 bytes, sizes and strides that are multiples of 16 but for an odd vocabulary's.
 """
 
 import argparse
 import csv
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from aquila_kernels import cross_entropy, linear_cross_entropy_triton, rms_norm
 from triton.backends.compiler import GPUTarget
@@ -54,29 +58,28 @@ def split(launch: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
 
 def of_cross_entropy() -> list[Case]:
     """Logits of the head, padded, whose exponentials are written or whose gradient is; logits with an odd stride."""
-    constants, options = split(cross_entropy.LAUNCH)
     numbers = {"num_columns": "i32", "stride": "i32", "ignore_index": "i32", "label_smoothing": "fp32"}
     found = []
-    for logits in ("bf16", "fp32"):
+    for logits, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        constants, options = split(cross_entropy.launch(dtype))
         rows = {"logits_ptr": TYPES[logits], "target_ptr": "*i64", "target_logit_ptr": "*fp32"}
         forward = rows | dict.fromkeys(("loss_ptr", "offset_ptr", "scale_ptr"), "*fp32") | numbers | {"z_loss": "fp32"}
         backward = rows | dict.fromkeys(("offset_ptr", "scale_ptr", "upstream_ptr"), "*fp32")
         backward |= {"dlogits_ptr": TYPES[logits]} | numbers
-        for of_head in (True, False):
-            for smoothing in (False, True):
-                kind = constants | {"HAS_TARGET_LOGIT": of_head, "SMOOTHING": smoothing}
-                name = f"{'of the head' if of_head else 'odd stride'} {logits}{' smoothed' if smoothing else ''}"
-                unaligned = ("num_columns", "ignore_index") + (() if of_head else ("stride",))
-                for kernel, types in (
-                    (cross_entropy._softmax_rows, forward),
-                    (cross_entropy._gradient_rows, backward),
-                ):
-                    given = dict(types)
-                    if not of_head:
-                        kind = kind | {"target_logit_ptr": None}
-                        del given["target_logit_ptr"]
-                    full = kind | ({"WRITE_EXP": of_head} if kernel is cross_entropy._softmax_rows else {})
-                    found.append(Case(kernel, name, given, full, options, unaligned))
+        for (name, of_head, writes), smoothing in itertools.product(
+            (("head", True, True), ("head, no gradient", True, False), ("odd stride", False, False)), (False, True)
+        ):
+            name = f"{name} {logits}{' smoothed' if smoothing else ''}"
+            kind = constants | {"HAS_TARGET_LOGIT": of_head, "SMOOTHING": smoothing}
+            unaligned = ("num_columns", "ignore_index") if of_head else ("num_columns", "ignore_index", "stride")
+            if not of_head:  # the target's logit is in its row
+                kind |= {"target_logit_ptr": None}
+            types = {k: v for k, v in forward.items() if k not in kind}
+            kernel = cross_entropy._softmax_rows
+            found.append(Case(kernel, name, types, kind | {"WRITE_EXP": writes}, options, unaligned))
+            if writes or not of_head:
+                types = {k: v for k, v in backward.items() if k not in kind}
+                found.append(Case(cross_entropy._gradient_rows, name, types, kind, options, unaligned))
     return found
 
 
@@ -103,7 +106,9 @@ def of_rms_norm() -> list[Case]:
             found.append(Case(rms_norm._forward, shape, forward, constants, options))
             backward = {"dy_ptr": result, "x_ptr": x, "weight_ptr": weight, "r_ptr": "*fp32", "dx_ptr": x}
             backward |= {"dweight_ptr": "*fp32", "num_rows": "i32", "dy_stride": "i32", "x_stride": "i32"}
-            found.append(Case(rms_norm._backward, shape, backward, constants | {"NEEDS_DWEIGHT": 1}, options))
+            for needs_dweight, which in ((True, ""), (False, ", frozen")):
+                kind = constants | {"NEEDS_DWEIGHT": needs_dweight}
+                found.append(Case(rms_norm._backward, shape + which, backward, kind, options))
     return found
 
 
@@ -131,6 +136,7 @@ def compiled(case: Case, target: str) -> dict:
         "target": target,
         "num_warps": case.options["num_warps"],
         **measured,
+        "products": case.kernel.src.count("tl.dot("),
         "shared_bytes": kernel.metadata.shared,
         "triton": triton.__version__,
     }
@@ -155,6 +161,7 @@ def of_nvidia(kernel, arch: int) -> dict:
         "spill_bytes": int(re.search(r"(\d+) bytes spill stores", told)[1]),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v[48]\.", ptx)),  # 16 bytes a lane
         "narrow_loads": len(re.findall(r"ld\.global[.\w:]*\.[bf](?:8|16)\b", ptx)),
+        "matrix_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)),
     }
 
 
@@ -165,6 +172,7 @@ def of_amd(kernel) -> dict:
         "spill_bytes": 4 * 64 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx[24]", text)),  # 8 or 16 bytes
         "narrow_loads": len(re.findall(r"(?:global|buffer)_load_u?(?:short|byte)", text)),
+        "matrix_instructions": len(re.findall(r"\bv_mfma_", text)),
     }
 
 
@@ -177,6 +185,8 @@ def faults(row: dict) -> list[str]:
         found.append(f"needs {row['shared_bytes']:,} of {SHARED_BYTES[row['target']]:,} bytes of shared memory")
     if not row["wide_loads"]:
         found.append("loads no 8 or 16 bytes at once")
+    if row["products"] and not row["matrix_instructions"]:
+        found.append("multiplies matrices without matrix instructions")
     return found
 
 
