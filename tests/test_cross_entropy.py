@@ -47,9 +47,9 @@ def assert_at_most_twice_the_error(ours, plains, exacts, dtype):
         assert (our - exact).norm() <= allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"}])
-@pytest.mark.parametrize("rows, vocab", [(0, 5), (1, 1), (1, 7), (37, 64), (5, 151), (3, 1003)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "none"}])
+@pytest.mark.parametrize("rows, vocab", [(0, 5), (1, 1), (1, 7), (37, 64), (5, 151), (2, 1003)])
 def test_errors_are_at_most_twice_those_of_torch(rows, vocab, options, dtype):
     logits, target = seeded(rows, vocab, dtype, ignored_frac=0.3 if rows > 1 else 0)
     exact = loss_and_grad(reference.cross_entropy, logits.double(), target, 3.0, **options)
