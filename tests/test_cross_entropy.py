@@ -133,6 +133,13 @@ def test_logits_of_minus_infinity_have_no_probability():
     assert ours[0][2].isinf() and ours[0][3].isnan()
 
 
+def test_great_logits_have_a_loss_though_their_square_has_none():
+    logits, target = seeded(ignored_frac=0)
+    exact = loss_and_grad(reference.cross_entropy, logits.double() * 1e30, target, reduction="sum")
+    ours = loss_and_grad(cross_entropy, logits * 1e30, target, reduction="sum")
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [0, 40, 150])
 def test_nan_and_infinity_make_their_row_nan_and_no_other(value, column):

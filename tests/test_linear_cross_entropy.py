@@ -143,6 +143,13 @@ def test_a_common_offset_of_all_logits_changes_nothing():
     torch.testing.assert_close(loss, linear_cross_entropy(h, w, target), rtol=0, atol=2**-9)
 
 
+def test_great_logits_have_a_loss_though_their_square_has_none():
+    h, w, target = seeded(dtype=torch.float32)
+    got = linear_cross_entropy(h * 1e30, w, target)
+    want = reference.linear_cross_entropy(h.double() * 1e30, w.double(), target)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
 class LargestTensors(TorchDispatchMode):
     """Records the size of every tensor that an operation returns, and counts matrix products; inside ours too."""
 

@@ -181,10 +181,11 @@ def _softmax_rows(
     sum_exp = tl.sum(total, 0)
     lse = tl.log(sum_exp) + offset
     nll = tl.log(sum_exp) + (offset - target_logit)  # not from lse, which is rounded where logits are large
-    loss = nll + z_loss * lse * lse
+    # where: the square of 1e30 is infinite, and 0 times that nan
+    loss = nll + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
     if SMOOTHING:
         loss -= label_smoothing * tl.sum(difference, 0) / num_columns
-    k = 1.0 + 2.0 * z_loss * lse
+    k = 1.0 + tl.where(z_loss == 0.0, 0.0, 2.0 * z_loss * lse)
     k = tl.where(tl.abs(k) < 1e-6, 1e-6, k)  # it divides; what p loses so is less than fp32 can tell from 1 - p
     tl.store(loss_ptr + row, loss)
     tl.store(offset_ptr + row, offset)

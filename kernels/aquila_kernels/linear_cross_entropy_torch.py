@@ -128,7 +128,8 @@ def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logit
     if terms.label_smoothing:
         mean_logit_n = x_nH.to(max_n.dtype) @ mean_weight_H
         loss_n += terms.label_smoothing * (target_logit_n - mean_logit_n)
-    loss_n += terms.z_loss * lse_n.square()
+    if terms.z_loss:
+        loss_n += terms.z_loss * lse_n.square()
     return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, 1 + 2 * terms.z_loss * lse_n
 
 
