@@ -84,6 +84,7 @@ def merge(
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError("merging wants fp32 weights: the sum would be rounded otherwise")
     model.eval()
+    model.get_base_model().set_attn_implementation("sdpa")  # flash attention has no fp32
     before = prompt_logits(model, tokenizer, system)
     merged = model.merge_and_unload(safe_merge=True)
     after = prompt_logits(merged, tokenizer, system)
