@@ -335,10 +335,6 @@ class Run:
             raise UserError(f"run_name={self.run_name!r} must be one folder name of letters, digits, _ . + = -")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is outside 0 … {2**32 - 1}")
-        if self.kernel is KernelChoice.triton:
-            raise UserError(
-                "kernel=triton: this version has no Triton kernel for the loss yet; use kernel=auto or torch"
-            )
 
     def check_scale(self, *given: Any) -> None:
         """scale=mini, the default, is for the bundled world: input of one's own needs a scale that was asked for."""

@@ -1,4 +1,4 @@
-"""What this machine can do, and what a run therefore uses: device, precision, attention, rows in a forward pass.
+"""What this machine can do, and what a run therefore uses: device, kernel, precision, attention, rows at once.
 
 Each choice comes with its reason, in words for the person at the terminal. What was asked for explicitly and is not
 possible stops the run; nothing falls back in silence.
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from aquila_sft.config import Attention, Precision, Train
+from aquila_sft import swap
+from aquila_sft.config import Attention, KernelChoice, Precision, Train
 from aquila_sft.errors import UserError
 
 
@@ -18,6 +19,7 @@ class Choices:
     """How a run uses its device. `reasons`: one line for each choice."""
 
     device: str  # cuda, mps, cpu
+    kernel: str  # triton, torch: what computes norms and loss
     precision: Precision  # of the matrix products; weights and optimizer stay fp32
     attention: str  # the transformers name
     reasons: list[str]
@@ -27,12 +29,14 @@ def of_this_machine() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose(train: Train) -> Choices:
+def choose(train: Train, kernel: KernelChoice) -> Choices:
     device = of_this_machine()
+    kernel, why_kernel = swap.choose_kernel(kernel, device)
     precision, why_precision = choose_precision(train.precision, device)
-    attention, why_attention = choose_attention(train.attention, device)
+    attention, why_attention = choose_attention(train.attention, device, precision)
     return Choices(
         device,
+        kernel,
         precision,
         attention,
         [
@@ -44,6 +48,7 @@ def choose(train: Train) -> Choices:
                 if device == "cpu"
                 else ""
             ),
+            f"kernel {kernel}: {why_kernel}",
             f"precision {precision.value}: {why_precision}",
             f"attention {attention}: {why_attention}",
         ],
@@ -80,18 +85,29 @@ def bf16_instructions() -> str:
     return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
 
 
-def choose_attention(asked: Attention, device: str) -> tuple[str, str]:
-    """Packed rows need attention that keeps conversations apart; swap.check_isolation proves it for the one chosen."""
-    if asked is Attention.auto:
-        return "sdpa", "isolates packed conversations by their positions on every device"
-    if asked is Attention.flash_attention_2:
-        from transformers.utils import is_flash_attn_2_available
+def choose_attention(asked: Attention, device: str, precision: Precision) -> tuple[str, str]:
+    """Packed rows need attention that keeps conversations apart; swap.settle proves it for the one chosen.
 
-        if not is_flash_attn_2_available():
-            raise UserError(
-                "train.attention=flash_attention_2: the flash-attn package or a GPU for it is missing; "
-                "use train.attention=sdpa"
-            )
+    All of these isolate by position_ids. On a GPU the first two skip what a conversation cannot see, where sdpa
+    computes and masks it; that they are faster for that was not measured here (kernels/bench/gpu.py does). flex
+    attention is compiled by Triton, hence wants a GPU that Triton's kernels support.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    has_flash = device == "cuda" and is_flash_attn_2_available()
+    if asked is Attention.auto:
+        if has_flash and precision is Precision.bf16:
+            return "flash_attention_2", "flash-attn is installed, and computes nothing between packed conversations"
+        if swap.choose_kernel("auto", device)[0] == "triton":
+            return "flex_attention", "skips blocks between packed conversations, compiled for this GPU"
+        return "sdpa", "isolates packed conversations by their positions on every device"
+    if asked is Attention.flash_attention_2 and not has_flash:
+        raise UserError(
+            "train.attention=flash_attention_2: the flash-attn package or a GPU for it is missing; "
+            "use train.attention=sdpa"
+        )
+    if asked is Attention.flash_attention_2 and precision is not Precision.bf16:
+        raise UserError("train.attention=flash_attention_2 computes in bf16 alone; use train.attention=sdpa")
     if asked is Attention.flex_attention and device != "cuda":
         raise UserError(f"train.attention=flex_attention has no backward pass on {device}; use train.attention=sdpa")
     return asked.value, "asked for"

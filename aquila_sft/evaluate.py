@@ -32,7 +32,7 @@ def answers(
 ) -> dict[str, dict[str, float]]:
     """{language: {loss, bits_per_byte, answer_bytes}} of held-back conversations.
 
-    loss: mean nats of a supervised token, turn ends included. A model with swap.install_loss; left in the mode it had.
+    loss: mean nats of a supervised token, turn ends included. A model with swap.install; left in the mode it had.
     Every process takes its share of rows, all get the sums.
     """
 

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from aquila_sft import checkpoint, runtime, schedule, swap
-from aquila_sft.config import Precision, SftRun
+from aquila_sft.config import KernelChoice, Precision, SftRun
 from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import UserError
@@ -122,7 +122,8 @@ class SftTrainer(SFTTrainer):
                 f"{runtime.world_size()} processes were launched, but this one trains in a world of "
                 f"{self.args.world_size}: they would train apart (README, 'Launching')"
             )
-        swap.install_loss(self.model)  # after TRL installed its own fused head
+        # after TRL installed its own fused head
+        swap.install(self.model, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.narrator = Narrator(self, order, rows.row_tokens(), stop)

@@ -3,6 +3,7 @@
 python gradients_worker.py <base folder> <prepared rows folder> <rows in a micro-batch> <out.pt>
 """
 
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -11,19 +12,19 @@ ROOT = Path(__file__).parents[1]
 ROWS, LENGTH = 8, 128
 
 
-def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
+def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str = "torch") -> dict:
+    """The gradients of every parameter in the first step, and its loss; norms and loss computed by `kernel`."""
     sys.path.insert(0, str(ROOT))
-    import torch
     from transformers import TrainerCallback
 
     import train as program
     from aquila_sft import device, model, runtime
     from aquila_sft.data.rows import PackedRows
     from aquila_sft.log import MetricsFile
+    from aquila_sft.pretrain import accelerate_forgets
     from aquila_sft.tokenizer import load_tokenizer
     from aquila_sft.trainer import Plan, SftTrainer
 
-    runtime.settle(offline=True)
     cfg = program.compose_run(
         [
             "recipe=sft",
@@ -38,32 +39,44 @@ def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
             "optim.max_grad_norm=0",
         ]
     )
-    choices = device.choose(cfg.train)
+    choices = dataclasses.replace(device.choose(cfg.train, cfg.kernel), kernel=kernel)
     rows = PackedRows(Path(rows_folder))
     net = model.load(Path(base))
     folder = Path(tempfile.mkdtemp())
-    trainer = SftTrainer(
-        cfg,
-        model=net,
-        tokenizer=load_tokenizer(Path(base)),
-        rows=rows,
-        plan=Plan(cfg.train, len(rows), choices.device, is_smoke=False),
-        choices=choices,
-        folder=folder,
-        metrics=MetricsFile(folder / "metrics.jsonl", from_step=-1, last_step=1),
-        stop=runtime.StopSignal(),
-        evaluation=lambda net: {},
-    )
     taken = {}
 
     class Take(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             taken.update({n: p.grad.clone() for n, p in net.named_parameters()})
 
-    trainer.add_callback(Take())
-    trainer.train()
+    with accelerate_forgets():
+        trainer = SftTrainer(
+            cfg,
+            model=net,
+            tokenizer=load_tokenizer(Path(base)),
+            rows=rows,
+            plan=Plan(cfg.train, len(rows), choices.device, is_smoke=False),
+            choices=choices,
+            folder=folder,
+            metrics=MetricsFile(folder / "metrics.jsonl", from_step=-1, last_step=1),
+            stop=runtime.StopSignal(),
+            evaluation=lambda net: {},
+        )
+        trainer.add_callback(Take())
+        trainer.train()
+    return {"gradients": taken, "loss": trainer.narrator.loss}
+
+
+def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
+    sys.path.insert(0, str(ROOT))
+    from aquila_sft import runtime
+
+    runtime.settle(offline=True)
+    import torch
+
+    taken = step(base, rows_folder, int(micro_rows))
     if runtime.is_main():
-        torch.save({"gradients": taken, "loss": trainer.narrator.loss}, out)
+        torch.save(taken, out)
 
 
 if __name__ == "__main__":

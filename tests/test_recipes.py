@@ -1,5 +1,6 @@
 """Recipes compose and pass the typed door; every value has a source; slips cost one line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -62,7 +63,6 @@ def test_the_135m_model_is_the_published_one():
         (["recipe=sft", "optim.lr=null"], ["optim.lr", "null"]),
         (["recipe=sft", "train.max_length=1.5"], ["train.max_length=1.5", "whole number"]),
         (["recipe=sft", "kernel=cuda"], ["kernel=cuda", "auto, triton, torch"]),
-        (["recipe=sft", "kernel=triton"], ["kernel=triton"]),
         (["recipe=sft", "train.tokens_per_step=1000"], ["train.tokens_per_step=1000", "896 or 1024"]),
         (
             ["recipe=sft", "train.max_steps=5", "train.num_epochs=1"],
@@ -113,6 +113,14 @@ def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
     for part in parts:
         assert part in lines[0]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in (".lock",)]  # nothing left behind
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+def test_triton_asked_for_without_a_gpu_stops_before_anything_is_made(recipe, tmp_path):
+    done = train(f"recipe={recipe}", "kernel=triton", cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2
+    assert re.fullmatch("error: kernel=triton: .*; use kernel=auto or torch\n", done.stderr), done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipe=sftt"], ["recipe=sft", "optim.lrr=1"]])

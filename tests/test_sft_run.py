@@ -110,7 +110,15 @@ def test_a_run_leaves_what_the_contract_names(unbroken, recipe):
     assert trained[0]["lr"] > 0
     ledger = json.loads((folder / "ledger.json").read_text())
     assert ledger["read"] == 120 == ledger["kept"] + ledger["held_back"] + ledger["left_out"]
-    for line in ("recipe=" + recipe, "scale=mini", "precision", "attention sdpa", "recipe=chat", "scale=135m"):
+    for line in (
+        "recipe=" + recipe,
+        "scale=mini",
+        "kernel torch",
+        "precision",
+        "attention sdpa",
+        "recipe=chat",
+        "scale=135m",
+    ):
         assert line in done.stdout
     assert "demo: true" in (folder / "final/README.md").read_text()
     assert not [f for f in (folder / "final").iterdir() if f.suffix in (".bin", ".pt", ".pth", ".py")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import PretrainRun
+from aquila_sft.config import Attention, KernelChoice, Precision, PretrainRun
 from aquila_sft.data import mixture
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.errors import UserError
@@ -28,19 +28,27 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
             narration.opening(cfg)
+            if cfg.kernel is KernelChoice.triton:  # where it cannot run, stop before anything is made
+                from aquila_sft import device, swap
+
+                swap.choose_kernel(cfg.kernel, device.of_this_machine())
             prerequisites.fill(cfg, compose_run)
             prepared = Prepared(Path(cfg.data.shards))
             base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
 
-            choices = device.choose(cfg.train)
+            choices = device.choose(cfg.train, cfg.kernel)
             if main:
                 identity = run_dir.identity_of(
                     cfg,
                     data=prepared.sha256,
                     base=run_dir.folder_sha256(base, *BASE_FILES, "optimizer.pt") if base else "random",
-                ) | {"train.precision": choices.precision.value, "train.attention": choices.attention}
+                ) | {
+                    "kernel": choices.kernel,
+                    "train.precision": choices.precision.value,
+                    "train.attention": choices.attention,
+                }
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
                 out = run_dir.RunDir(Path(cfg.output_dir))
@@ -77,7 +85,6 @@ def train(
     import transformers
 
     from aquila_sft import device, evaluate, pretrain, swap
-    from aquila_sft.config import Precision
     from aquila_sft.data.text_rows import TextRows
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
@@ -129,7 +136,7 @@ def train(
         return with_languages(figures, prepared.held_back)
 
     with pretrain.accelerate_forgets():
-        swap.install_loss(net)
+        swap.install(net, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
         trainer = pretrain.Trainer(
             cfg,
             model=net,
@@ -141,8 +148,8 @@ def train(
             stop=stop,
             evaluation=evaluation,
         )
-        swap.check_loss(net, trainer.accelerator.device, autocast())
-        swap.check_isolation(net, trainer.accelerator.device, autocast())
+        asked = cfg.train.attention is not Attention.auto
+        attention = swap.settle(net, trainer.accelerator.device, autocast(), asked=asked)
         if start := newest or base:
             has_moments = trainer.load_optimizer(start)
             if not newest:
@@ -169,8 +176,9 @@ def train(
             parameters=sum(p.numel() for p in net.parameters()),
             **evaluate.of_run(logged),
             device=choices.device,
+            kernel=choices.kernel,
             precision=choices.precision.value,
-            attention=choices.attention,
+            attention=attention,
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import SftRun
+from aquila_sft.config import Attention, KernelChoice, Precision, SftRun
 from aquila_sft.data import sft_set
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.rows import PackedRows
@@ -31,15 +31,20 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
             narration.opening(cfg)
+            if cfg.kernel is KernelChoice.triton:  # where it cannot run, stop before anything is made
+                from aquila_sft import device, swap
+
+                swap.choose_kernel(cfg.kernel, device.of_this_machine())
             prerequisites.fill(cfg, compose_run)
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
 
-            choices = device.choose(cfg.train)
+            choices = device.choose(cfg.train, cfg.kernel)
             if main:
                 contents = inputs.contents()
                 identity = run_dir.identity_of(cfg, **contents) | {
+                    "kernel": choices.kernel,
                     "train.precision": choices.precision.value,
                     "train.attention": choices.attention,
                 }
@@ -110,7 +115,6 @@ def train(
     import transformers
 
     from aquila_sft import chat_template, device, evaluate, swap
-    from aquila_sft.config import Precision
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
     from aquila_sft.schedule import remarks
@@ -160,8 +164,8 @@ def train(
         stop=stop,
         evaluation=evaluation,
     )
-    swap.check_loss(net, choices.device, autocast())
-    swap.check_isolation(net, choices.device, autocast())
+    asked = cfg.train.attention is not Attention.auto
+    attention = swap.settle(net, choices.device, autocast(), asked=asked)
     if runtime.is_main():
         out.begin()
     stop.finish_step = True
@@ -200,8 +204,9 @@ def train(
             **figures,
             **gate,
             device=choices.device,
+            kernel=choices.kernel,
             precision=choices.precision.value,
-            attention=choices.attention,
+            attention=attention,
             origin=inputs.origin,
         )
 

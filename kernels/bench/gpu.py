@@ -108,7 +108,7 @@ def throughput(args: argparse.Namespace) -> list[dict]:
                         attn_implementation=attention,
                     )
                 ).cuda()
-                swap.install_loss(model)
+                swap.install(model, swap.choose_kernel("auto", "cuda")[0])
                 swap.check_isolation(model, "cuda", torch.autocast("cuda", torch.bfloat16))
             except (UserError, ImportError, RuntimeError, ValueError) as error:
                 rows.append(told | {"tokens_per_s": f"not possible: {str(error).splitlines()[0][:80]}"})
