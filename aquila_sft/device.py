@@ -88,9 +88,10 @@ def bf16_instructions() -> str:
 def choose_attention(asked: Attention, device: str, precision: Precision) -> tuple[str, str]:
     """Packed rows need attention that keeps conversations apart; swap.settle proves it for the one chosen.
 
-    All of these isolate by position_ids. On a GPU the first two skip what a conversation cannot see, where sdpa
-    computes and masks it; that they are faster for that was not measured here (kernels/bench/gpu.py does). flex
-    attention is compiled by Triton, hence wants a GPU that Triton's kernels support.
+    All of these isolate by position_ids. On a GPU flash and flex attention skip what a conversation cannot see, where
+    sdpa computes and masks it; what that gains was not measured (kernels/bench/gpu.py does). Flex attention is compiled
+    by Triton, so it wants a GPU that Triton's kernels support. It is compiled again for rows that are one document, for
+    evaluation and for other shapes; after eight versions (torch's limit) it would run uncompiled, right but slow.
     """
     from transformers.utils import is_flash_attn_2_available
 
