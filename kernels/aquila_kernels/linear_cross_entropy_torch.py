@@ -1,13 +1,16 @@
 """The loss of linear_cross_entropy in plain torch, for any device: chunks of tokens, tiles of the vocabulary.
 
     for each n tokens x:
-        for each tile c of the vocabulary:  z_c = W_c @ x.T;  running max m and sum s of exp(z - m)
+        for each tile c of the vocabulary:  z = W_c @ x.T;  m_c = max of z, and of all before;  E_c = exp(z - m_c), over z
+                                            s = s exp(m_before - m_c) + sum E_c
         lse = m + log s
-        for each tile c of the vocabulary:  g = upstream (k exp(z_c - lse) - (1 - e) onehot - e / V), over z_c
+        for each tile c of the vocabulary:  g = upstream (k exp(m_c - lse) E_c - (1 - e) onehot - e / V), over E_c
                                             dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
 
-Three products, and at most n rows of logits at once. Where the upstream gradient of each token is not known yet, the
-second half waits for backward and computes each tile of logits again: four products, and one tile of logits.
+Three products, one exponential of each logit, and at most n rows of logits at once. E_c is at most 1, and so is
+exp(m_c - lse): nothing overflows, and what vanishes is nothing beside the row's largest. Where the upstream gradient of
+each token is not known yet, the second half waits for backward and computes each tile of logits again: four products,
+and one tile of logits.
 """
 
 import math
@@ -79,9 +82,10 @@ def losses_and_gradients(
     for start in range(0, num_rows, rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
         x_nH, target_n = x_NH[rows], target_N[rows]
-        logits_Vn = scratch[: vocab_size * len(x_nH)].view(vocab_size, len(x_nH))
+        exp_Vn = scratch[: vocab_size * len(x_nH)].view(vocab_size, len(x_nH))
+        max_of_tiles = []
         loss_N[rows], offset_n, scale_n = _losses(
-            x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logits_Vn
+            x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_Vn, max_of_tiles
         )
         _add_gradients(
             None if dhidden_NH is None else dhidden_NH[rows],
@@ -94,7 +98,8 @@ def losses_and_gradients(
             upstream_N[rows],
             terms,
             budget_bytes,
-            logits_Vn,
+            exp_Vn,
+            max_of_tiles,
         )
     return loss_N, dhidden_NH, dweight_VH
 
@@ -106,23 +111,29 @@ def _zeros(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Te
     ]
 
 
-def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logits_Vn=None):
-    """See losses; the logits are left in logits_Vn if that is given. nan where target is not in [0, V)."""
+def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_Vn=None, max_of_tiles=None):
+    """See losses. exp_Vn and the list max_of_tiles, if given, are left with each tile's E_c and m_c.
+
+    The loss is nan where target is not in [0, V).
+    """
     max_n = x_nH.new_full(target_n.shape, -math.inf, dtype=_stats_dtype(x_nH))
     sum_exp_n = torch.zeros_like(max_n)
     target_logit_n = torch.full_like(max_n, math.nan)
     for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
-        out = None if logits_Vn is None else logits_Vn[columns]
+        out = None if exp_Vn is None else exp_Vn[columns]
         logits_Cn = torch.mm(weight_VH[columns].to(x_nH.dtype), x_nH.T, out=out)
         has_target_n, target_index = _locate(target_n, columns)
         target_logit_n = torch.where(has_target_n, logits_Cn[target_index], target_logit_n)
-        exp_Cn = logits_Cn.to(max_n.dtype, copy=True)
+        exp_Cn = logits_Cn.to(max_n.dtype)  # in fp32 the logits themselves
         new_max_n = torch.maximum(max_n, exp_Cn.amax(0))
         # nothing but -inf so far: their exponential is 0, not that of -inf + inf
         finite_n = torch.where(new_max_n == -math.inf, 0, new_max_n)
         exp_Cn.sub_(finite_n).exp_()
         sum_exp_n = sum_exp_n * (max_n - finite_n).exp_() + exp_Cn.sum(0)
         max_n = new_max_n
+        if exp_Vn is not None:
+            logits_Cn.copy_(exp_Cn)
+            max_of_tiles.append(finite_n)
     lse_n = max_n + sum_exp_n.log()
     loss_n = (max_n - target_logit_n) + sum_exp_n.log()
     if terms.label_smoothing:
@@ -130,7 +141,8 @@ def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, logit
         loss_n += terms.label_smoothing * (target_logit_n - mean_logit_n)
     if terms.z_loss:
         loss_n += terms.z_loss * lse_n.square()
-    return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, 1 + 2 * terms.z_loss * lse_n
+    scale_n = 1 + 2 * terms.z_loss * lse_n if terms.z_loss else torch.ones_like(lse_n)
+    return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, scale_n
 
 
 def _add_gradients(
@@ -144,21 +156,25 @@ def _add_gradients(
     upstream_n,
     terms,
     budget_bytes,
-    logits_Vn=None,
+    exp_Vn=None,
+    max_of_tiles=None,
 ) -> None:
-    """Add the gradients of sum(upstream x loss); logits_Vn, if given, is written over."""
-    for columns in _vocab_tiles(x_nH, weight_VH, budget_bytes):
+    """Add the gradients of sum(upstream x loss); exp_Vn, if given, is written over, else logits are computed again."""
+    factor_n = scale_n * upstream_n
+    onehot_n, uniform_n = (1 - terms.label_smoothing) * upstream_n, terms.label_smoothing / len(weight_VH) * upstream_n
+    for i, columns in enumerate(_vocab_tiles(x_nH, weight_VH, budget_bytes)):
         weight_CH = weight_VH[columns].to(x_nH.dtype)
-        logits_Cn = torch.mm(weight_CH, x_nH.T) if logits_Vn is None else logits_Vn[columns]
-        # formed in fp32: bf16 loses p - 1 near p = 1
-        wide_Cn = logits_Cn.to(offset_n.dtype).sub_(offset_n).exp_()
-        if terms.z_loss:
-            wide_Cn.mul_(scale_n)
+        if exp_Vn is None:
+            dlogits_Cn = torch.mm(weight_CH, x_nH.T)
+            wide_Cn = dlogits_Cn.to(factor_n.dtype).sub_(offset_n).exp_().mul_(factor_n)
+        else:
+            dlogits_Cn = exp_Vn[columns]
+            wide_Cn = dlogits_Cn.to(factor_n.dtype).mul_((max_of_tiles[i] - offset_n).exp_().mul_(factor_n))
         if terms.label_smoothing:
-            wide_Cn.sub_(terms.label_smoothing / len(weight_VH))
+            wide_Cn.sub_(uniform_n)
         has_target_n, target_index = _locate(target_n, columns)
-        wide_Cn[target_index] -= has_target_n.to(wide_Cn.dtype) * (1 - terms.label_smoothing)
-        dlogits_Cn = logits_Cn.copy_(wide_Cn.mul_(upstream_n))
+        wide_Cn[target_index] -= torch.where(has_target_n, onehot_n, 0)  # in fp32: bf16 loses p - 1 near p = 1
+        dlogits_Cn.copy_(wide_Cn)
         if dhidden_nH is not None:
             _add_product(dhidden_nH, dlogits_Cn.T, weight_CH)
         if dweight_VH is not None:
