@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     compute_dtype is what the matrix products run in; by default autocast's dtype where autocast is on, else
     hidden.dtype. Softmax, loss, and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits,
-    down to those of one token (default 256 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096
+    down to those of one token (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096
     tokens, in Triton). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight, summed
     in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory. No input is
     written to, backward may run again (retain_graph), and token_weights get no gradient.
