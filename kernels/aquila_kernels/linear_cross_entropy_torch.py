@@ -1,8 +1,8 @@
 """The loss of linear_cross_entropy in plain torch, for any device: chunks of tokens, tiles of the vocabulary.
 
     for each n tokens x:
-        for each tile c of the vocabulary:  z = W_c @ x.T;  m_c = max of z, and of all before;  E_c = exp(z - m_c), over z
-                                            s = s exp(m_before - m_c) + sum E_c
+        for each tile c of the vocabulary:  z = W_c @ x.T;  m_c = max of z and of all before
+                                            E_c = exp(z - m_c), over z;  s = s exp(m_before - m_c) + sum E_c
         lse = m + log s
         for each tile c of the vocabulary:  g = upstream (k exp(m_c - lse) E_c - (1 - e) onehot - e / V), over E_c
                                             dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
