@@ -284,7 +284,8 @@ def test_the_pieces_of_a_small_text_are_counted_exactly_and_those_of_a_large_one
     assert exact.number / 1.5 < estimated.number < exact.number * 1.5
 
 
-def test_memory_is_refused_with_the_text_that_would_fit():
+def test_memory_is_refused_with_the_text_that_would_fit(monkeypatch):
+    monkeypatch.setattr(bpe, "resident_bytes", lambda: 300_000_000)  # not what other tests left in this process
     pieces = bpe.Pieces(60_000_000, 1_000_000, 18_000_000, 0.85, 0.93)
     assert bpe.check(pieces, 8.0) == pytest.approx(pieces.memory(), abs=2e9)
     with pytest.raises(
@@ -569,15 +570,15 @@ def test_transformers_5_and_4_57_load_it_alike(learnt, tmp_path):
 
 @pytest.mark.real_data
 @pytest.mark.slow
-def test_sixty_megabytes_of_real_text_stay_within_four_gigabytes(tmp_path):
-    """Takes a minute on two quiet cores. The peak is that of the process, as it reports it and as the system does."""
+def test_fifteen_megabytes_of_real_text_take_the_memory_that_was_estimated(tmp_path):
+    """60 MB take 2.1 GB: recipes/RESULTS.md. The peak is that of the process, as it and as the system report it."""
     folder = os.environ.get("AQUILA_REAL_DATA")
     if not folder:
         pytest.skip("AQUILA_REAL_DATA does not name a data folder")
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "recipe=tokenizer", "scale=135m"]
-        + [f"data.files={folder}/raw_*/docs.jsonl", "bpe.memory_gb=4"],
+        + [f"data.files={folder}/raw_*/docs.jsonl", "bpe.memory_gb=2", "bpe.max_bytes=15000000"],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
     )
@@ -586,10 +587,10 @@ def test_sixty_megabytes_of_real_text_stay_within_four_gigabytes(tmp_path):
     summary = read(tmp_path / "outputs/135m/tokenizer/summary.json")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{time.monotonic() - began:.0f} s, {peak / 1e9:.2f} GB, {summary}")
-    assert peak < 4e9
+    assert peak < 1e9
     assert peak / 1.5 < summary["estimated_memory_bytes"] < peak * 1.5
     assert summary["peak_memory_bytes"] == pytest.approx(peak, rel=0.02)
     assert summary["entries"] == 49152
     assert abs(summary["text_bytes"]["en"] / summary["text_bytes"]["zh"] - 1) < 0.01
-    assert sum(summary["text_bytes"].values()) > 50e6
+    assert sum(summary["text_bytes"].values()) == pytest.approx(15e6, rel=0.01)
     assert summary["bytes_per_token"]["en"] > 3.9 and summary["bytes_per_token"]["zh"] > 4.0
