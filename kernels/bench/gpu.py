@@ -1,13 +1,14 @@
-"""Everything that only a GPU can show, in three parts of less than ten minutes each: `make gpu`.
+"""Everything that only a GPU can show, in four parts of less than ten minutes each: `make gpu`.
 
-    correctness   tests marked gpu, and the loss of the head against an fp64 reference at the real shape
+    correctness   tests marked gpu, then the kernel table: every operation and provider at the real shape (bench.py)
+    logits        the head and its loss on the other kinds of logits, and in fp32, beside torch and Liger
     throughput    the real 193.7M-parameter model: tokens a second and peak memory over micro-batch and attention
     quality       recipe=sft on given conversations: loss and bits per byte before and after
 
 Each part ends in a short table and writes kernels/bench/results/<gpu>_<part>.csv with GPU name, versions and command.
 The tables say *not measured* until somebody has run this.
 
-    python kernels/bench/gpu.py [--part correctness throughput quality] [--ranks qwen.tiktoken --data chat.jsonl …]
+    python kernels/bench/gpu.py [--part correctness logits …] [--ranks qwen.tiktoken --data chat.jsonl …]
 """
 
 import argparse
@@ -25,7 +26,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("correctness", "throughput", "quality")
+PARTS = ("correctness", "logits", "throughput", "quality")
+BESIDE = ("ours", "ours-5GB", "eager", "torch", "torch-large", "liger", "liger-large")
 
 
 def main() -> int:
@@ -41,15 +43,12 @@ def main() -> int:
         if part == "quality" and not (args.ranks and args.data):
             print("quality: left out, --ranks and --data are not given")
             continue
-        rows = {"correctness": correctness, "throughput": throughput, "quality": quality}[part](args)
+        rows = {"correctness": correctness, "logits": logits, "throughput": throughput, "quality": quality}[part](args)
         report(part, rows)
     return 0
 
 
 def correctness(args: argparse.Namespace) -> list[dict]:
-    """Test results, and the error of loss and gradients at N=4096, H=576, V=151851 for each dtype."""
-    from aquila_kernels.linear_cross_entropy import linear_cross_entropy
-
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")],
         capture_output=True,
@@ -57,28 +56,24 @@ def correctness(args: argparse.Namespace) -> list[dict]:
         cwd=ROOT,
     )
     rows = [{"what": "pytest -m gpu", "result": tests.stdout.strip().split("\n")[-1]}]
-    generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(4096, 576, device="cuda", generator=generator)
-    weight = torch.randn(151851, 576, device="cuda", generator=generator) * 0.02
-    target = torch.randint(0, 151851, (4096,), device="cuda", generator=generator)
-    exact = [t.double().requires_grad_() for t in (hidden, weight)]
-    torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target).backward()
-    for dtype in (torch.float32, torch.bfloat16):
-        given = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        began = torch.cuda.memory_allocated()
-        loss = linear_cross_entropy(*given, target)
-        loss.backward()
-        errors = [((g.grad.double() - e.grad).norm() / e.grad.norm()).item() for g, e in zip(given, exact, strict=True)]
-        rows.append(
-            {
-                "what": f"linear_cross_entropy {dtype}",
-                "result": f"dhidden {errors[0]:.1e}, dweight {errors[1]:.1e}, "
-                f"{(torch.cuda.max_memory_allocated() - began) / 2**20:.0f} MiB",
-            }
-        )
-    return rows
+    return rows + [kernel_table("kernels", "--shape", "16k", "--dtype", "bfloat16", "--logits", "trained")]
+
+
+def logits(args: argparse.Namespace) -> list[dict]:
+    heads = ["--operations", "linear_cross_entropy", "cross_entropy", "--providers", *BESIDE]
+    return [
+        kernel_table("logits", "--shape", "16k", "--dtype", "bfloat16", "--logits", "fresh", "peaked", *heads),
+        kernel_table("fp32", "--shape", "4096x576x151851", "--dtype", "float32", "--logits", "fresh", *heads),
+    ]
+
+
+def kernel_table(name: str, *words: str) -> dict:
+    """Run bench.py, which prints its table here; a row that says how it ended."""
+    name = f"{torch.cuda.get_device_name().lower().replace(' ', '_')}_{name}"
+    command = [sys.executable, str(Path(__file__).parent / "bench.py"), "--device", "cuda", "--name", name, *words]
+    status = subprocess.run(command).returncode
+    ended = {0: "done", 1: "done, with failed rows"}.get(status, f"ended with status {status}")
+    return {"what": f"results/{name}.csv", "result": ended}
 
 
 def throughput(args: argparse.Namespace) -> list[dict]:
