@@ -48,7 +48,7 @@ def about(device: str) -> dict:
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "kernels/bench/bench.py", *sys.argv[1:]]),
     }
 
 
