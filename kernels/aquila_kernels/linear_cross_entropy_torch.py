@@ -50,10 +50,9 @@ def gradients(
     budget_bytes: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dhidden and dweight of sum(upstream x loss), fp32, where needed; the logits are computed again."""
-    dhidden_NH, dweight_VH = _zeros(x_NH, weight_VH, needs)
-    _add_gradients(
-        dhidden_NH, dweight_VH, x_NH, weight_VH, target_N, offset_N, scale_N, upstream_N, terms, budget_bytes
-    )
+    dhidden_NH, dweight_VH = _empty_gradients(x_NH, weight_VH, needs)
+    softmax = (offset_N, scale_N)
+    _gradients(dhidden_NH, dweight_VH, x_NH, weight_VH, target_N, *softmax, upstream_N, terms, budget_bytes, add=False)
     return dhidden_NH, dweight_VH
 
 
@@ -68,7 +67,7 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss, and dhidden and dweight of sum(upstream x loss); all fp32."""
     num_rows, vocab_size = len(x_NH), len(weight_VH)
-    dhidden_NH, dweight_VH = _zeros(x_NH, weight_VH, needs)
+    dhidden_NH, dweight_VH = _empty_gradients(x_NH, weight_VH, needs)
     mean_weight_H = _mean_weight(weight_VH, terms)
     if budget_bytes is None:
         budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
@@ -87,7 +86,7 @@ def losses_and_gradients(
         loss_N[rows], offset_n, scale_n = _losses(
             x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_Vn, max_of_tiles
         )
-        _add_gradients(
+        _gradients(
             None if dhidden_NH is None else dhidden_NH[rows],
             dweight_VH,
             x_nH,
@@ -98,15 +97,18 @@ def losses_and_gradients(
             upstream_N[rows],
             terms,
             budget_bytes,
-            exp_Vn,
-            max_of_tiles,
+            add=start > 0,
+            exp_Vn=exp_Vn,
+            max_of_tiles=max_of_tiles,
         )
     return loss_N, dhidden_NH, dweight_VH
 
 
-def _zeros(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
+def _empty_gradients(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
+    """In fp32; dweight of no token is 0."""
+    make = torch.empty if len(x_NH) else torch.zeros
     return [
-        torch.zeros_like(t, dtype=_stats_dtype(x_NH), memory_format=torch.contiguous_format) if needed else None
+        make(t.shape, dtype=_stats_dtype(x_NH), device=t.device) if needed else None
         for t, needed in zip((x_NH, weight_VH), needs, strict=True)
     ]
 
@@ -145,7 +147,7 @@ def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_V
     return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, scale_n
 
 
-def _add_gradients(
+def _gradients(
     dhidden_nH,
     dweight_VH,
     x_nH,
@@ -156,10 +158,15 @@ def _add_gradients(
     upstream_n,
     terms,
     budget_bytes,
+    *,
+    add: bool,
     exp_Vn=None,
     max_of_tiles=None,
 ) -> None:
-    """Add the gradients of sum(upstream x loss); exp_Vn, if given, is written over, else logits are computed again."""
+    """Write the gradients of sum(upstream x loss), or add them to dweight.
+
+    exp_Vn, if given, is written over, else logits are computed again.
+    """
     factor_n = scale_n * upstream_n
     onehot_n, uniform_n = (1 - terms.label_smoothing) * upstream_n, terms.label_smoothing / len(weight_VH) * upstream_n
     for i, columns in enumerate(_vocab_tiles(x_nH, weight_VH, budget_bytes)):
@@ -176,9 +183,9 @@ def _add_gradients(
         wide_Cn[target_index] -= torch.where(has_target_n, onehot_n, 0)  # in fp32: bf16 loses p - 1 near p = 1
         dlogits_Cn.copy_(wide_Cn)
         if dhidden_nH is not None:
-            _add_product(dhidden_nH, dlogits_Cn.T, weight_CH)
+            _product(dhidden_nH, dlogits_Cn.T, weight_CH, add=i > 0)
         if dweight_VH is not None:
-            _add_product(dweight_VH[columns], dlogits_Cn, x_nH)
+            _product(dweight_VH[columns], dlogits_Cn, x_nH, add=add)
 
 
 def _mean_weight(weight_VH: Tensor, terms: Terms) -> Tensor | None:
@@ -186,12 +193,14 @@ def _mean_weight(weight_VH: Tensor, terms: Terms) -> Tensor | None:
     return weight_VH.mean(0, dtype=_stats_dtype(weight_VH)) if terms.label_smoothing else None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; a bf16 product is summed inside in fp32, rounded once, and added to an fp32 total."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b; a bf16 product is summed inside in fp32, and rounded once on its way to fp32."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=float(add))
+    elif add:
+        out += torch.mm(a, b)
     else:
-        total += a @ b
+        out.copy_(torch.mm(a, b))
 
 
 def _locate(target_n: Tensor, columns: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
