@@ -299,6 +299,8 @@ def test_arguments_that_cannot_be_meant_are_refused():
     h, w, target = seeded()
     with pytest.raises(ValueError, match="reduction='average'; use 'mean', 'sum' or 'none'"):
         linear_cross_entropy(h, w, target, reduction="average")
+    with pytest.raises(ValueError, match="memory_budget_bytes=0; use at least 1"):
+        linear_cross_entropy(h, w, target, memory_budget_bytes=0)
     with pytest.raises(ValueError, match="label_smoothing=1.5"):
         linear_cross_entropy(h, w, target, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"token_weights \[33\], got \(32,\)"):
@@ -410,6 +412,16 @@ def test_compiled_into_one_graph_it_is_the_same(reduction):
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     got, want = (loss_and_grads(f, h, w, target) for f in (compiled, head))
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_of_a_gradient_is_refused(reduction):
+    h, w, target = seeded()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    loss = linear_cross_entropy(h, w, target, reduction=reduction).sum()
+    (dh,) = torch.autograd.grad(loss * h.sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|does not require grad|autograd"):
+        dh.sum().backward()
 
 
 def test_a_sharded_weight_is_refused():

@@ -17,6 +17,7 @@ give is the same. Time and memory: kernels/bench/results/.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aquila_kernels import linear_cross_entropy_torch
 from aquila_kernels.arguments import Terms, check_options, divisor, refuse_targets_outside, token_weights_or_ones
@@ -63,6 +64,8 @@ def linear_cross_entropy(
     check_options(target, len(hidden), reduction, label_smoothing)
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("token_weights get no gradient here; multiply the losses of reduction='none', or detach them.")
+    if memory_budget_bytes is not None and memory_budget_bytes < 1:
+        raise ValueError(f"memory_budget_bytes={memory_budget_bytes}; use at least 1, or None for the default.")
     kernel = pick_kernel(kernel, hidden.device)
     products_in = _pick_compute_dtype(hidden, compute_dtype, kernel)
     terms = (ignore_index, float(label_smoothing), float(z_loss))
@@ -188,6 +191,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
+@once_differentiable  # the gradients that were kept do not know what they depend on
 def _scale_gradients(ctx, upstream, *_):
     dhidden_NH, dweight_VH = (
         gradient * upstream if needed and upstream is not None else None
