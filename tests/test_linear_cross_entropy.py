@@ -100,6 +100,33 @@ def test_two_micro_batches_with_the_same_num_items_sum_to_the_whole():
     assert_equal_to_rounding(summed, (loss, dh, dw), 1e-14)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_confident_tokens_lose_no_more_in_fp32_than_in_torch(reduction):
+    """p - 1 of a token whose logits are large: from exp(z - lse) it would be off by half a digit of lse."""
+    h, w, target = seeded(64, 32, 200, dtype=torch.float32, ignored_frac=0)
+    w *= 32**0.5
+    h = w[target] * (4 / 32**0.5) + 0.1 * h.sign()
+    outcomes = []
+    for loss_fn, kind in (
+        (linear_cross_entropy, torch.float32),
+        (reference.linear_cross_entropy, torch.float32),
+        (reference.linear_cross_entropy, torch.float64),
+    ):
+        summed = lambda *given, f=loss_fn: f(*given, reduction=reduction).sum()  # noqa: E731
+        outcomes.append(loss_and_grads(summed, h.to(kind), w.to(kind), target))
+    for ours, plain, exact in zip(*outcomes, strict=True):
+        assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_smoothing_works_whatever_the_products_are_in(given):
+    h, w, target = seeded(dtype=given)
+    options = {"label_smoothing": 0.1}
+    got = linear_cross_entropy(h, w, target, compute_dtype=torch.float64, **options)
+    want = reference.linear_cross_entropy(h.double(), w.double(), target, **options)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_is_no_worse_than_the_plain_bf16_loss(shape):
     h, w, target = seeded(*shape, dtype=torch.bfloat16)
@@ -301,6 +328,10 @@ def test_arguments_that_cannot_be_meant_are_refused():
         linear_cross_entropy(h, w, target, reduction="average")
     with pytest.raises(ValueError, match="memory_budget_bytes=0; use at least 1"):
         linear_cross_entropy(h, w, target, memory_budget_bytes=0)
+    with pytest.raises(ValueError, match="z_loss=nan"):
+        linear_cross_entropy(h, w, target, z_loss=float("nan"))
+    with pytest.raises(ValueError, match="num_items has 2 elements"):
+        linear_cross_entropy(h, w, target, num_items=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="label_smoothing=1.5"):
         linear_cross_entropy(h, w, target, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"token_weights \[33\], got \(32,\)"):

@@ -16,12 +16,14 @@ class Terms(NamedTuple):
     z_loss: float
 
 
-def check_options(target: Tensor, num_tokens: int, reduction: str, label_smoothing: float) -> None:
+def check_options(target: Tensor, num_tokens: int, reduction: str, label_smoothing: float, z_loss: float) -> None:
     """ValueError for what cannot be meant, without looking at any number on a device."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'.")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing}; use a share between 0 and 1.")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss={z_loss}; use a number from 0 on.")
     if target.shape != (num_tokens,) or target.dtype != torch.int64:
         raise ValueError(
             f"expected target int64 [{num_tokens}], got {target.dtype} {tuple(target.shape)}; "
@@ -58,5 +60,7 @@ def divisor(reduction: str, num_items: int | float | Tensor | None, weight_N: Te
     if num_items is None:
         return weight_N.sum() if reduction == "mean" else weight_N.new_ones(())
     if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items has {num_items.numel()} elements; use a number or a tensor of one.")
         return num_items.to(weight_N).reshape(())
     return weight_N.new_full((), num_items)

@@ -58,12 +58,12 @@ def cross_entropy(
     Without any target "mean" is nan, as in F.cross_entropy, and the gradient 0.
 
     A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
-    waits for the device; else it makes the loss nan. kernel: "triton" for the kernels of this file, "torch" for the
-    reference, which takes fp64 too, "auto" for the former on a GPU and the latter elsewhere.
+    waits for the device; else, and under torch.compile, it makes the loss nan. kernel: "triton" for the kernels of this
+    file, "torch" for the reference, which takes fp64 too, "auto" for the former on a GPU and the latter elsewhere.
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"expected logits [N, V] with V > 0, got {tuple(logits.shape)}.")
-    check_options(target, len(logits), reduction, label_smoothing)
+    check_options(target, len(logits), reduction, label_smoothing, z_loss)
     vocab_size = logits.shape[1]
     if (check_targets or target.device.type == "cpu") and not torch.compiler.is_compiling():
         refuse_targets_outside(target, vocab_size, ignore_index)
@@ -83,7 +83,7 @@ def cross_entropy(
         raise ValueError(f"logits are {logits.dtype}; use float32, bfloat16 or float16.")
     else:
         loss_N, _, _ = _cross_entropy(logits, target, ignore_index, label_smoothing, z_loss)
-    weight_N = token_weights_or_ones(token_weights, is_target_N)
+    weight_N = token_weights_or_ones(token_weights, is_target_N).to(loss_N.dtype)
     loss_N = torch.where(is_target_N, loss_N * weight_N, 0)
     return loss_N if reduction == "none" else loss_N.sum() / divisor(reduction, num_items, weight_N)
 

@@ -54,14 +54,15 @@ def linear_cross_entropy(
     down to those of one token (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096
     tokens, in Triton). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight, summed
     in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory. No input is
-    written to, backward may run again (retain_graph), and token_weights get no gradient.
+    written to, backward may run again (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient
+    of the gradient is refused, and torch.func.jvp sees a constant.
 
     A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
     waits for the device; else nothing waits for it and the loss is nan. On a CPU only tokens that have a target are
     computed. kernel: "auto" is Triton's where there is a GPU for it, plain torch elsewhere; see choice.py.
     """
     _check_shapes(hidden, weight)
-    check_options(target, len(hidden), reduction, label_smoothing)
+    check_options(target, len(hidden), reduction, label_smoothing, z_loss)
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("token_weights get no gradient here; multiply the losses of reduction='none', or detach them.")
     if memory_budget_bytes is not None and memory_budget_bytes < 1:

@@ -4,11 +4,11 @@
         for each tile c of the vocabulary:  z = W_c @ x.T;  m_c = max of z and of all before
                                             E_c = exp(z - m_c), over z;  s = s exp(m_before - m_c) + sum E_c
         lse = m + log s
-        for each tile c of the vocabulary:  g = upstream (k exp(m_c - lse) E_c - (1 - e) onehot - e / V), over E_c
+        for each tile c of the vocabulary:  g = upstream (k / s exp(m_c - m) E_c - (1 - e) onehot - e / V), over E_c
                                             dx += g.T @ W_c;  dW_c += g @ x  (both summed in fp32)
 
 Three products, one exponential of each logit, and at most n rows of logits at once. E_c is at most 1, and so is
-exp(m_c - lse): nothing overflows, and what vanishes is nothing beside the row's largest. Where the upstream gradient of
+exp(m_c - m): nothing overflows, and what vanishes is nothing beside the row's largest. Where the upstream gradient of
 each token is not known yet, the second half waits for backward and computes each tile of logits again: four products,
 and one tile of logits.
 """
@@ -35,7 +35,7 @@ def losses(
     x_NH: Tensor, weight_VH: Tensor, target_N: Tensor, terms: Terms, budget_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token's loss, and the offset and scale of its softmax: p = scale / k exp(z - offset). fp32 (N,)."""
-    return _losses(x_NH, weight_VH, target_N, terms, _mean_weight(weight_VH, terms), budget_bytes)
+    return _losses(x_NH, weight_VH, target_N, terms, _mean_weight(weight_VH, terms, _stats_dtype(x_NH)), budget_bytes)
 
 
 def gradients(
@@ -68,7 +68,7 @@ def losses_and_gradients(
     """Each token's loss, and dhidden and dweight of sum(upstream x loss); all fp32."""
     num_rows, vocab_size = len(x_NH), len(weight_VH)
     dhidden_NH, dweight_VH = _empty_gradients(x_NH, weight_VH, needs)
-    mean_weight_H = _mean_weight(weight_VH, terms)
+    mean_weight_H = _mean_weight(weight_VH, terms, _stats_dtype(x_NH))
     if budget_bytes is None:
         budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
     # At most half of the tokens at once, however few they are: the full logits never exist.
@@ -143,8 +143,9 @@ def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_V
         loss_n += terms.label_smoothing * (target_logit_n - mean_logit_n)
     if terms.z_loss:
         loss_n += terms.z_loss * lse_n.square()
-    scale_n = 1 + 2 * terms.z_loss * lse_n if terms.z_loss else torch.ones_like(lse_n)
-    return torch.where(target_n == terms.ignore_index, 0, loss_n), lse_n, scale_n
+    k_n = 1 + 2 * terms.z_loss * lse_n if terms.z_loss else 1
+    # not exp(z - lse): of a large lse the rounding alone would be an error of every p, and of p - 1
+    return torch.where(target_n == terms.ignore_index, 0, loss_n), max_n, k_n / sum_exp_n
 
 
 def _gradients(
@@ -188,9 +189,9 @@ def _gradients(
             _product(dweight_VH[columns], dlogits_Cn, x_nH, add=add)
 
 
-def _mean_weight(weight_VH: Tensor, terms: Terms) -> Tensor | None:
+def _mean_weight(weight_VH: Tensor, terms: Terms, dtype: torch.dtype) -> Tensor | None:
     """The mean of all rows, whose product with x is the mean of its logits."""
-    return weight_VH.mean(0, dtype=_stats_dtype(weight_VH)) if terms.label_smoothing else None
+    return weight_VH.mean(0, dtype=dtype) if terms.label_smoothing else None
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

@@ -42,6 +42,8 @@ def cross_entropy(
         return loss_N
     if num_items is None:
         num_items = weight_N.sum() if reduction == "mean" else 1
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(loss_N.dtype).reshape(())
     return loss_N.sum() / num_items
 
 
