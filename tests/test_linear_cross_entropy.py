@@ -6,7 +6,7 @@ from aquila_kernels import linear_cross_entropy as module
 from aquila_kernels import linear_cross_entropy_torch, reference
 from aquila_kernels.arguments import Terms
 from aquila_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
-from torch.utils._python_dispatch import TorchDispatchMode
+from tensors_made import LargestTensors
 
 IGNORE = -100
 # N tokens, H hidden, V vocabulary: one row; one column; ragged.
@@ -175,27 +175,6 @@ def test_great_logits_have_a_loss_though_their_square_has_none():
     got = linear_cross_entropy(h * 1e30, w, target)
     want = reference.linear_cross_entropy(h.double() * 1e30, w.double(), target)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
-
-
-class LargestTensors(TorchDispatchMode):
-    """Records the size of every tensor that an operation returns, and counts matrix products; inside ours too."""
-
-    ours = {op._opoverload: op._init_fn for op in (module._reduced, module._per_token, module._per_token_backward)}
-
-    def __init__(self):
-        super().__init__()
-        self.numels, self.num_products = set(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.ours:
-            with self:
-                return self.ours[func](*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.numels.add(t.numel())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
