@@ -275,5 +275,5 @@ def test_arguments_that_cannot_be_meant_are_refused():
         cross_entropy(logits, target, reduction="average")
     with pytest.raises(ValueError, match="float64; use float32, bfloat16 or float16"):
         cross_entropy(logits.double(), target)
-    with pytest.raises(ValueError, match=r"token_weights \[12\], got \(3,\)"):
+    with pytest.raises(ValueError, match=r"token_weights, a tensor \[12\], got \(3,\)"):
         cross_entropy(logits, target, token_weights=torch.ones(3))

@@ -14,6 +14,12 @@ SHAPES = [(1, 8, 7), (5, 3, 1), (7, 64, 300), (33, 72, 1001), (130, 16, 4097)]
 SMALL_BUDGET = 50_000  # bytes: many chunks of tokens and tiles of the vocabulary at the larger shapes
 
 
+@pytest.fixture(autouse=True)
+def cpu_that_multiplies_bf16(monkeypatch):
+    """Whatever machine this is; the substitute for one that does not has a test of its own."""
+    monkeypatch.setattr(linear_cross_entropy_torch, "_cpu_has_bf16", lambda: True)
+
+
 def seeded(rows=33, hidden=72, vocab=1001, *, dtype=torch.float64, ignored_frac=0.3, seed=0):
     """Inputs with peaked and flat rows: logits have standard deviations from 0.1 to 8 over the rows."""
     rng = torch.Generator().manual_seed(seed)
@@ -138,6 +144,34 @@ def test_bf16_is_no_worse_than_the_plain_bf16_loss(shape):
         for a, b, e in zip(ours, plain, exact, strict=True):
             # Both round logits, dlogits and the result to bf16; how the errors fall differs by a rounding.
             assert (a.double() - e).norm() <= (b.double() - e).norm() + 2**-8 * e.norm()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_cpu_without_bf16_products_multiplies_in_fp32_and_rounds_each_gradient_once(monkeypatch, reduction):
+    monkeypatch.setattr(linear_cross_entropy_torch, "_cpu_has_bf16", lambda: False)
+    h, w, target = seeded(dtype=torch.bfloat16)
+
+    def summed(*inputs):
+        return linear_cross_entropy(*inputs, reduction=reduction).sum()
+
+    loss, *gradients = loss_and_grads(summed, h, w, target, upstream=0.3)
+    exact_loss, *exact = loss_and_grads(
+        reference.linear_cross_entropy, h.double(), w.double(), target, 0.3, reduction="sum"
+    )
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact_loss) <= 1e-6 * exact_loss
+    for got, want in zip(gradients, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        # half a last place of bf16 of each entry, and what fp32 sums of entries of all sizes lose
+        assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 1e-6 * want.abs().max()).all()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3, -1.7])
+def test_bf16_gradients_are_rounded_once_whatever_the_upstream_gradient(upstream):
+    h, w, target = seeded(dtype=torch.bfloat16)
+    got = loss_and_grads(linear_cross_entropy, h, w, target, upstream, compute_dtype=torch.float32)
+    in_fp32 = loss_and_grads(linear_cross_entropy, h.float(), w.float(), target, upstream)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got[1:], in_fp32[1:], strict=True))
 
 
 def test_autocast_sets_the_dtype_of_the_products_and_compute_dtype_overrides_it():
@@ -305,15 +339,26 @@ def test_arguments_that_cannot_be_meant_are_refused():
     h, w, target = seeded()
     with pytest.raises(ValueError, match="reduction='average'; use 'mean', 'sum' or 'none'"):
         linear_cross_entropy(h, w, target, reduction="average")
-    with pytest.raises(ValueError, match="memory_budget_bytes=0; use at least 1"):
+    with pytest.raises(ValueError, match="memory_budget_bytes=0; use an integer from 1"):
         linear_cross_entropy(h, w, target, memory_budget_bytes=0)
+    with pytest.raises(ValueError, match="memory_budget_bytes=1.5; use an integer"):
+        linear_cross_entropy(h, w, target, memory_budget_bytes=1.5)
+    with pytest.raises(ValueError, match="ignore_index=None; use an integer"):
+        linear_cross_entropy(h, w, target, ignore_index=None)
+    for num_items in (0, -3, float("nan")):
+        with pytest.raises(ValueError, match=f"num_items={num_items}; use the number of targets"):
+            linear_cross_entropy(h, w, target, num_items=num_items)
+    with pytest.raises(ValueError, match=r"token_weights, a tensor \[33\], got list"):
+        linear_cross_entropy(h, w, target, token_weights=[1.0] * 33)
+    with pytest.raises(ValueError, match="weight is torch.int64; use float32 or bfloat16"):
+        linear_cross_entropy(h, w.long(), target)
     with pytest.raises(ValueError, match="z_loss=nan"):
         linear_cross_entropy(h, w, target, z_loss=float("nan"))
     with pytest.raises(ValueError, match="num_items has 2 elements"):
         linear_cross_entropy(h, w, target, num_items=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="label_smoothing=1.5"):
         linear_cross_entropy(h, w, target, label_smoothing=1.5)
-    with pytest.raises(ValueError, match=r"token_weights \[33\], got \(32,\)"):
+    with pytest.raises(ValueError, match=r"token_weights, a tensor \[33\], got \(32,\)"):
         linear_cross_entropy(h, w, target, token_weights=torch.ones(32))
     with pytest.raises(ValueError, match="reduction='none', or detach"):
         linear_cross_entropy(h, w, target, token_weights=torch.ones(33, requires_grad=True))

@@ -194,6 +194,12 @@ def test_other_shapes_are_refused(x, weight):
         rms_norm(torch.zeros(x), torch.zeros(weight))
 
 
+def test_an_eps_that_is_no_number_from_0_on_is_refused():
+    for eps in (-1e-5, float("nan")):
+        with pytest.raises(ValueError, match=f"eps={eps}; use a small positive number"):
+            aquila_kernels.rms_norm.rms_norm(torch.ones(2, 4), torch.ones(4), eps, kernel="torch")
+
+
 def test_float64_is_refused_by_the_kernel():
     with pytest.raises(ValueError, match="float64"):
         rms_norm(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4))

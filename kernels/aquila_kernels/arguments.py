@@ -16,8 +16,12 @@ class Terms(NamedTuple):
     z_loss: float
 
 
-def check_options(target: Tensor, num_tokens: int, reduction: str, label_smoothing: float, z_loss: float) -> None:
+def check_options(
+    target: Tensor, num_tokens: int, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
+) -> None:
     """ValueError for what cannot be meant, without looking at any number on a device."""
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index={ignore_index!r}; use an integer, one that no target is.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'.")
     if not 0 <= label_smoothing <= 1:
@@ -49,8 +53,9 @@ def token_weights_or_ones(token_weights: Tensor | None, is_target_N: Tensor) -> 
     """fp32 at least, 0 where there is no target."""
     if token_weights is None:
         return is_target_N.to(torch.float32)
-    if token_weights.shape != is_target_N.shape:
-        raise ValueError(f"expected token_weights [{len(is_target_N)}], got {tuple(token_weights.shape)}.")
+    if not isinstance(token_weights, Tensor) or token_weights.shape != is_target_N.shape:
+        given = tuple(token_weights.shape) if isinstance(token_weights, Tensor) else type(token_weights).__name__
+        raise ValueError(f"expected token_weights, a tensor [{len(is_target_N)}], got {given}.")
     # where, not a product: a weight without a target may be anything
     return torch.where(is_target_N, token_weights.to(torch.promote_types(token_weights.dtype, torch.float32)), 0)
 
@@ -63,4 +68,15 @@ def divisor(reduction: str, num_items: int | float | Tensor | None, weight_N: Te
         if num_items.numel() != 1:
             raise ValueError(f"num_items has {num_items.numel()} elements; use a number or a tensor of one.")
         return num_items.to(weight_N).reshape(())
+    if not num_items > 0:
+        raise ValueError(f"num_items={num_items}; use the number of targets, or leave it out.")
     return weight_N.new_full((), num_items)
+
+
+def empty_gradients(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
+    """dhidden and dweight where needed, fp32 (fp64 of fp64), uninitialised; of no token they are 0."""
+    make = torch.empty if len(x_NH) else torch.zeros
+    return [
+        make(t.shape, dtype=torch.promote_types(x_NH.dtype, torch.float32), device=t.device) if needed else None
+        for t, needed in zip((x_NH, weight_VH), needs, strict=True)
+    ]

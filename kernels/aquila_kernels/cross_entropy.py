@@ -63,7 +63,7 @@ def cross_entropy(
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"expected logits [N, V] with V > 0, got {tuple(logits.shape)}.")
-    check_options(target, len(logits), reduction, label_smoothing, z_loss)
+    check_options(target, len(logits), ignore_index, reduction, label_smoothing, z_loss)
     vocab_size = logits.shape[1]
     if (check_targets or target.device.type == "cpu") and not torch.compiler.is_compiling():
         refuse_targets_outside(target, vocab_size, ignore_index)

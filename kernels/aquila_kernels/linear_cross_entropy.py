@@ -50,29 +50,33 @@ def linear_cross_entropy(
     target "sum" is 0 and "mean" is 0/0 = nan, as in F.cross_entropy; gradients are 0 in both.
 
     compute_dtype is what the matrix products run in; by default autocast's dtype where autocast is on, else
-    hidden.dtype. Softmax, loss, and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits,
-    down to those of one token (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096
-    tokens, in Triton). Besides it, gradients are held from forward to backward: dhidden in fp32, and dweight, summed
-    in fp32 and then rounded to weight.dtype; a frozen hidden or weight costs neither time nor memory. No input is
-    written to, backward may run again (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient
-    of the gradient is refused, and torch.func.jvp sees a constant.
+    hidden.dtype. A CPU without bf16 products runs them in fp32, and rounds nothing to bf16 in between. Softmax, loss,
+    and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits, down to those of one token
+    (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096 tokens, in Triton). Besides it,
+    gradients are held from forward to backward: dhidden and dweight in fp32, which backward rounds to their inputs'
+    dtypes; a frozen hidden or weight costs neither time nor memory. No input is written to, backward may run again
+    (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient of the gradient is refused, and
+    torch.func.jvp sees a constant.
 
     A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
     waits for the device; else nothing waits for it and the loss is nan. On a CPU only tokens that have a target are
     computed. kernel: "auto" is Triton's where there is a GPU for it, plain torch elsewhere; see choice.py.
     """
     _check_shapes(hidden, weight)
-    check_options(target, len(hidden), reduction, label_smoothing, z_loss)
-    if token_weights is not None and token_weights.requires_grad:
+    check_options(target, len(hidden), ignore_index, reduction, label_smoothing, z_loss)
+    if isinstance(token_weights, Tensor) and token_weights.requires_grad:
         raise ValueError("token_weights get no gradient here; multiply the losses of reduction='none', or detach them.")
-    if memory_budget_bytes is not None and memory_budget_bytes < 1:
-        raise ValueError(f"memory_budget_bytes={memory_budget_bytes}; use at least 1, or None for the default.")
+    if memory_budget_bytes is not None and not (isinstance(memory_budget_bytes, int) and memory_budget_bytes >= 1):
+        raise ValueError(
+            f"memory_budget_bytes={memory_budget_bytes!r}; use an integer from 1 on, or None for the default."
+        )
     kernel = pick_kernel(kernel, hidden.device)
-    products_in = _pick_compute_dtype(hidden, compute_dtype, kernel)
+    compute_dtype = _pick_compute_dtype(hidden, compute_dtype, kernel)
+    _check_dtypes(hidden, weight)
     terms = (ignore_index, float(label_smoothing), float(z_loss))
-    how = (check_targets, products_in, memory_budget_bytes, kernel)
+    how = (check_targets, compute_dtype, memory_budget_bytes, kernel)
     is_target_N = target != ignore_index
-    weight_N = token_weights_or_ones(token_weights, is_target_N).to(torch.promote_types(products_in, torch.float32))
+    weight_N = token_weights_or_ones(token_weights, is_target_N).to(torch.promote_types(compute_dtype, torch.float32))
     if reduction == "none":
         loss_N, _, _ = _per_token(hidden, weight, target, *terms, *how)
         return torch.where(is_target_N, loss_N * weight_N, 0)
@@ -125,6 +129,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor) -> None:
             )
 
 
+def _check_dtypes(hidden: Tensor, weight: Tensor) -> None:
+    for name, given in (("hidden", hidden), ("weight", weight)):
+        if not given.dtype.is_floating_point:
+            raise ValueError(f"{name} is {given.dtype}; use float32 or bfloat16.")
+
+
 def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None, kernel: str) -> torch.dtype:
     if compute_dtype is None:
         device_type = hidden.device.type
@@ -154,18 +164,17 @@ def _reduced(
     label_smoothing: float,
     z_loss: float,
     check_targets: bool,
-    products_in: torch.dtype,
+    compute_dtype: torch.dtype,
     budget_bytes: int | None,
     kernel: str,
     needs_dhidden: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(weight x loss) / items, and its gradients, which upstream = weight / items scales; an empty tensor where
-    one is not needed. dhidden fp32, dweight like weight."""
+    """sum(weight x loss) / items, and its gradients in fp32, which upstream = weight / items scales; an empty tensor
+    where one is not needed."""
     terms, needs = Terms(ignore_index, label_smoothing, z_loss), (needs_dhidden, needs_dweight)
-    path, rows = _begin(hidden, weight, target, terms, check_targets, kernel)
-    x_NH, target_N, weight_N, upstream_N = _of_rows(rows, hidden, target, weight_N, upstream_N)
-    x_NH = x_NH.to(products_in).contiguous()
+    path, rows, x_NH = _begin(hidden, weight, target, terms, check_targets, compute_dtype, kernel)
+    target_N, weight_N, upstream_N = _of_rows(rows, target, weight_N, upstream_N)
     dhidden_NH = dweight_VH = None
     with torch.autocast(hidden.device.type, enabled=False):
         if any(needs):
@@ -175,18 +184,18 @@ def _reduced(
         else:
             loss_N, _, _ = path.losses(x_NH, weight, target_N, terms, budget_bytes)
     loss = torch.where(target_N == ignore_index, 0, loss_N * weight_N).sum() / items
-    return loss, *_finished(dhidden_NH, dweight_VH, hidden, weight, rows, loss.dtype)
+    dhidden = _of_all_rows(dhidden_NH, rows, hidden, loss.dtype)
+    return loss, dhidden, _or_empty(dweight_VH, weight, loss.dtype)
 
 
 @_reduced.register_fake
-def _(hidden, weight, target, weight_N, upstream_N, items, i, s, z, c, products_in, b, k, needs_dhidden, needs_dweight):
-    stats = torch.promote_types(products_in, torch.float32)
-    dhidden = hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=stats)
-    return hidden.new_empty((), dtype=stats), dhidden, weight.new_empty(weight.shape if needs_dweight else 0)
+def _(hidden, weight, target, weight_N, upstream_N, items, i, s, z, c, compute_dtype, b, k, *needs):
+    stats = torch.promote_types(compute_dtype, torch.float32)
+    return hidden.new_empty((), dtype=stats), *_like((hidden, weight), needs, dtype=stats)
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
-    ctx.hidden_dtype, ctx.needs = inputs[0].dtype, inputs[-2:]
+    ctx.dtypes, ctx.needs = [t.dtype for t in inputs[:2]], inputs[-2:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
@@ -194,11 +203,21 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 @once_differentiable  # the gradients that were kept do not know what they depend on
 def _scale_gradients(ctx, upstream, *_):
-    dhidden_NH, dweight_VH = (
-        gradient * upstream if needed and upstream is not None else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    kept = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    return *(_scaled(g, upstream, dtype) if needed and upstream is not None else None for g, dtype, needed in kept), *(
+        [None] * 13
     )
-    return None if dhidden_NH is None else dhidden_NH.to(ctx.hidden_dtype), dweight_VH, *[None] * 13
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient x upstream, rounded to dtype once, in a new tensor."""
+    if gradient.dtype == dtype or torch.compiler.is_compiling():  # a compiled product has no tensor in between
+        return (gradient * upstream).to(dtype)
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    # in parts: on a CPU a product whose result has another dtype takes a copy of it in fp32
+    for part, scaled_part in zip(gradient.chunk(16), scaled.chunk(16), strict=True):
+        torch.mul(part, upstream, out=scaled_part)
+    return scaled
 
 
 _reduced.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -213,24 +232,22 @@ def _per_token(
     label_smoothing: float,
     z_loss: float,
     check_targets: bool,
-    products_in: torch.dtype,
+    compute_dtype: torch.dtype,
     budget_bytes: int | None,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token's loss, 0 without a target, and the offset and scale that its gradient needs; fp32 (N,)."""
     terms = Terms(ignore_index, label_smoothing, z_loss)
-    path, rows = _begin(hidden, weight, target, terms, check_targets, kernel)
-    x_NH, target_N = _of_rows(rows, hidden, target)
+    path, rows, x_NH = _begin(hidden, weight, target, terms, check_targets, compute_dtype, kernel)
+    (target_N,) = _of_rows(rows, target)
     with torch.autocast(hidden.device.type, enabled=False):
-        of_rows = path.losses(x_NH.to(products_in).contiguous(), weight, target_N, terms, budget_bytes)
-    if rows is None:
-        return of_rows
-    return tuple(t.new_zeros(len(target)).index_copy_(0, rows, t) for t in of_rows)
+        of_rows = path.losses(x_NH, weight, target_N, terms, budget_bytes)
+    return tuple(_of_all_rows(t, rows, target, t.dtype) for t in of_rows)
 
 
 @_per_token.register_fake
-def _(hidden, weight, target, i, s, z, c, products_in, b, k):
-    stats = torch.promote_types(products_in, torch.float32)
+def _(hidden, weight, target, i, s, z, c, compute_dtype, b, k):
+    stats = torch.promote_types(compute_dtype, torch.float32)
     return tuple(hidden.new_empty(target.shape, dtype=stats) for _ in range(3))
 
 
@@ -245,7 +262,7 @@ def _per_token_backward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-    products_in: torch.dtype,
+    compute_dtype: torch.dtype,
     budget_bytes: int | None,
     kernel: str,
     needs_dhidden: bool,
@@ -253,26 +270,23 @@ def _per_token_backward(
 ) -> tuple[Tensor, Tensor]:
     """dhidden like hidden and dweight like weight; an empty tensor where one is not needed."""
     terms, needs = Terms(ignore_index, label_smoothing, z_loss), (needs_dhidden, needs_dweight)
-    path, rows = _begin(hidden, weight, target, terms, False, kernel)
-    x_NH, target_N, *stats = _of_rows(rows, hidden, target, offset_N, scale_N, upstream_N)
-    stats[-1] = torch.where(target_N == ignore_index, 0, stats[-1])
+    path, rows, x_NH = _begin(hidden, weight, target, terms, False, compute_dtype, kernel)
+    target_N, *stats, upstream_N = _of_rows(rows, target, offset_N, scale_N, upstream_N)
+    upstream_N = torch.where(target_N == ignore_index, 0, upstream_N)
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = path.gradients(
-            x_NH.to(products_in).contiguous(), weight, target_N, *stats, terms, needs, budget_bytes
-        )
-    return _finished(*gradients, hidden, weight, rows, hidden.dtype)
+        dhidden_NH, dweight_VH = path.gradients(x_NH, weight, target_N, *stats, upstream_N, terms, needs, budget_bytes)
+    dhidden = _of_all_rows(dhidden_NH, rows, hidden, hidden.dtype)
+    return dhidden, _or_empty(dweight_VH, weight, weight.dtype)
 
 
 @_per_token_backward.register_fake
-def _(upstream_N, hidden, weight, target, o, r, i, s, z, products_in, b, k, needs_dhidden, needs_dweight):
-    return tuple(
-        t.new_empty(t.shape if needed else 0) for t, needed in ((hidden, needs_dhidden), (weight, needs_dweight))
-    )
+def _(upstream_N, hidden, weight, target, o, r, i, s, z, compute_dtype, b, k, *needs):
+    return _like((hidden, weight), needs)
 
 
 def _keep_stats(ctx, inputs, output) -> None:
-    hidden, weight, target, *terms, _, products_in, budget_bytes, kernel = inputs
-    ctx.given = (*terms, products_in, budget_bytes, kernel)
+    hidden, weight, target, *terms, _, compute_dtype, budget_bytes, kernel = inputs
+    ctx.given = (*terms, compute_dtype, budget_bytes, kernel)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, *output[1:])
@@ -292,31 +306,46 @@ _per_token.register_autograd(_recompute_gradients, setup_context=_keep_stats)
 # ---- what the operators have in common ----
 
 
-def _begin(hidden: Tensor, weight: Tensor, target: Tensor, terms: Terms, check_targets: bool, kernel: str):
-    """The module that computes, and which rows: on a CPU those with a target, elsewhere all (None)."""
+def _begin(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    terms: Terms,
+    check_targets: bool,
+    compute_dtype: torch.dtype,
+    kernel: str,
+):
+    """The module that computes, which rows (on a CPU those with a target, elsewhere all: None), and those of hidden in
+    the dtype of the products."""
     if check_targets or target.device.type == "cpu":
         refuse_targets_outside(target, len(weight), terms.ignore_index)
     if kernel == "torch":
         path = linear_cross_entropy_torch
     else:
         from aquila_kernels import linear_cross_entropy_triton as path  # Triton is not everywhere
-    if hidden.device.type != "cpu":  # to know the rows is to wait for the device
-        return path, None
-    is_target = target != terms.ignore_index
-    return path, None if is_target.all() else is_target.nonzero().squeeze(1)
+    rows = None
+    if hidden.device.type == "cpu":  # elsewhere, to know the rows is to wait for the device
+        is_target = target != terms.ignore_index
+        rows = None if is_target.all() else is_target.nonzero().squeeze(1)
+    (x_NH,) = _of_rows(rows, hidden)
+    return path, rows, x_NH.to(path.products_in(compute_dtype, hidden.device))
 
 
 def _of_rows(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() if rows is None else t.index_select(0, rows) for t in tensors]
 
 
-def _finished(dhidden_nH, dweight_VH, hidden, weight, rows, dhidden_dtype) -> tuple[Tensor, Tensor]:
-    """dhidden of all rows in the dtype asked for and dweight in weight's; an empty tensor for None."""
-    if dhidden_nH is None:
-        dhidden_NH = hidden.new_empty(0, dtype=dhidden_dtype)
-    elif rows is None:
-        dhidden_NH = dhidden_nH.to(dhidden_dtype)
-    else:
-        dhidden_NH = dhidden_nH.new_zeros(hidden.shape, dtype=dhidden_dtype)
-        dhidden_NH.index_copy_(0, rows, dhidden_nH.to(dhidden_dtype))
-    return dhidden_NH, weight.new_empty(0) if dweight_VH is None else dweight_VH.to(weight.dtype)
+def _of_all_rows(of_rows: Tensor | None, rows: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """As many rows as `like` has, 0 where there is no target; an empty tensor for None."""
+    if of_rows is None or rows is None:
+        return _or_empty(of_rows, like, dtype)
+    return like.new_zeros(like.shape, dtype=dtype).index_copy_(0, rows, of_rows.to(dtype))
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
+
+
+def _like(tensors: tuple[Tensor, Tensor], needs: tuple[bool, bool], dtype: torch.dtype | None = None) -> tuple:
+    """What a fake operator gives for two gradients."""
+    return tuple(t.new_empty(t.shape if n else 0, dtype=dtype or t.dtype) for t, n in zip(tensors, needs, strict=True))

@@ -13,13 +13,14 @@ each token is not known yet, the second half waits for backward and computes eac
 and one tile of logits.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from aquila_kernels.arguments import Terms
+from aquila_kernels.arguments import Terms, empty_gradients
 
 # Shapes (this file): N tokens, n of them whose logits exist at once, H hidden size, V vocabulary, C one tile
 
@@ -29,6 +30,17 @@ _BUDGET_BYTES_CPU, _BUDGET_BYTES_OTHER = 320 * 2**20, 2**30
 # One fp32 tile, the working set of the element-wise steps, which are faster in cache; but most of the time is
 # in the products, and on CPU 2 to 32 MiB took the same within 7%, 8 MiB least.
 _TILE_BYTES_CPU, _TILE_BYTES_OTHER = 8 * 2**20, 128 * 2**20
+
+
+def products_in(asked: torch.dtype, device: torch.device) -> torch.dtype:
+    """fp32 for bf16 on a CPU that cannot multiply it: torch's own bf16 product is a plain loop there."""
+    return torch.float32 if asked == torch.bfloat16 and device.type == "cpu" and not _cpu_has_bf16() else asked
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    """What torch asks before it hands a bf16 product to its library (oneDNN)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def losses(
@@ -50,7 +62,7 @@ def gradients(
     budget_bytes: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dhidden and dweight of sum(upstream x loss), fp32, where needed; the logits are computed again."""
-    dhidden_NH, dweight_VH = _empty_gradients(x_NH, weight_VH, needs)
+    dhidden_NH, dweight_VH = empty_gradients(x_NH, weight_VH, needs)
     softmax = (offset_N, scale_N)
     _gradients(dhidden_NH, dweight_VH, x_NH, weight_VH, target_N, *softmax, upstream_N, terms, budget_bytes, add=False)
     return dhidden_NH, dweight_VH
@@ -67,7 +79,7 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss, and dhidden and dweight of sum(upstream x loss); all fp32."""
     num_rows, vocab_size = len(x_NH), len(weight_VH)
-    dhidden_NH, dweight_VH = _empty_gradients(x_NH, weight_VH, needs)
+    dhidden_NH, dweight_VH = empty_gradients(x_NH, weight_VH, needs)
     mean_weight_H = _mean_weight(weight_VH, terms, _stats_dtype(x_NH))
     if budget_bytes is None:
         budget_bytes = _BUDGET_BYTES_CPU if x_NH.device.type == "cpu" else _BUDGET_BYTES_OTHER
@@ -102,15 +114,6 @@ def losses_and_gradients(
             max_of_tiles=max_of_tiles,
         )
     return loss_N, dhidden_NH, dweight_VH
-
-
-def _empty_gradients(x_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
-    """In fp32; dweight of no token is 0."""
-    make = torch.empty if len(x_NH) else torch.zeros
-    return [
-        make(t.shape, dtype=_stats_dtype(x_NH), device=t.device) if needed else None
-        for t, needed in zip((x_NH, weight_VH), needs, strict=True)
-    ]
 
 
 def _losses(x_nH, weight_VH, target_n, terms, mean_weight_H, budget_bytes, exp_Vn=None, max_of_tiles=None):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquila_kernels.arguments import Terms
+from aquila_kernels.arguments import Terms, empty_gradients
 from aquila_kernels.cross_entropy import gradient_rows, softmax_rows, three_numbers_a_token
 
 # Shapes (this file): N tokens, n of them whose logits exist at once, H hidden size, V vocabulary, P padded vocabulary
@@ -33,6 +33,10 @@ _MIN_ROWS = 4096  # of a chunk, if memory is not limited: each chunk streams W a
 _ROW_MULTIPLE = 128  # the side of a product's tile
 
 _TARGET_LAUNCH = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def products_in(asked: torch.dtype, device: torch.device) -> torch.dtype:
+    return asked
 
 
 def losses(
@@ -64,7 +68,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dhidden and dweight of sum(upstream x loss), fp32, where needed; the logits are computed again."""
     vocab_size, weight_PH = len(weight_VH), _padded(weight_VH, x_NH.dtype)
-    dhidden_NH, dweight_PH = _empty_gradients(x_NH, weight_PH, needs)
+    dhidden_NH, dweight_PH = empty_gradients(x_NH, weight_PH, needs)
     for rows, logits_nP in _chunks(x_NH, weight_PH, budget_bytes):
         gradient_rows(
             logits_nP[:, :vocab_size],
@@ -95,7 +99,7 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss, and dhidden and dweight of sum(upstream x loss); all fp32."""
     vocab_size, weight_PH = len(weight_VH), _padded(weight_VH, x_NH.dtype)
-    dhidden_NH, dweight_PH = _empty_gradients(x_NH, weight_PH, needs)
+    dhidden_NH, dweight_PH = empty_gradients(x_NH, weight_PH, needs)
     loss_N = torch.empty(len(x_NH), dtype=torch.float32, device=x_NH.device)
     for rows, exp_nP in _chunks(x_NH, weight_PH, budget_bytes):
         x_nH, target_n = x_NH[rows], target_N[rows]
@@ -157,15 +161,6 @@ def _padded(weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
     padded_PH[:vocab_size] = weight_VH
     padded_PH[vocab_size:] = 0
     return padded_PH
-
-
-def _empty_gradients(x_NH: Tensor, weight_PH: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
-    """fp32; dweight of no token is 0."""
-    make = torch.empty if len(x_NH) else torch.zeros
-    return [
-        make(t.shape, dtype=torch.float32, device=t.device) if needed else None
-        for t, needed in zip((x_NH, weight_PH), needs, strict=True)
-    ]
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:

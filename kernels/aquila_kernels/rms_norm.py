@@ -36,6 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, kernel: str = "aut
         raise ValueError(
             f"expected x [..., H] and weight [H] with H > 0, got {tuple(x.shape)} and {tuple(weight.shape)}."
         )
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}; use a small positive number.")
     if pick_kernel(kernel, x.device) == "torch":
         return reference.rms_norm(x, weight, eps)
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (x, weight)):
