@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import checkpoint, narration, run_dir, runtime
-from aquila_sft.config import ChatRun, PrepareRun, PretrainRun, Run, SftRun
+from aquila_sft.config import ChatRun, KernelChoice, PrepareRun, PretrainRun, Run, SftRun
 from aquila_sft.errors import UserError
 
 NEEDS = {
@@ -28,8 +28,13 @@ ComposeRun = Callable[[list[str]], Run]
 def fill(cfg: Run, compose_run: ComposeRun) -> None:
     """Set the paths that `cfg` leaves open. The main process makes what is missing; the others call this afterwards.
 
-    Raises UserError when something is missing that cannot be made here.
+    Raises UserError when something is missing that cannot be made here, and, before anything is made, for a kernel
+    that cannot run here.
     """
+    if cfg.kernel is KernelChoice.triton and not isinstance(cfg, PrepareRun):  # which computes nothing with it
+        from aquila_sft import device, swap
+
+        swap.choose_kernel(cfg.kernel, device.of_this_machine())
     if not open_needs(cfg):
         return
     chain = [name for name in all_needs(cfg.recipe) if not is_given(name, cfg)]

@@ -1,14 +1,14 @@
 """linear_cross_entropy and linear_log_probs against the plain-torch specification, called in fp64."""
 
 import pytest
+import tensors_made
 import torch
 from aquila_kernels import linear_cross_entropy as module
 from aquila_kernels import linear_cross_entropy_torch, reference
 from aquila_kernels.arguments import Terms
 from aquila_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
-from tensors_made import LargestTensors
+from tensors_made import IGNORE, LargestTensors, loss_and_grads
 
-IGNORE = -100
 # N tokens, H hidden, V vocabulary: one row; one column; ragged.
 SHAPES = [(1, 8, 7), (5, 3, 1), (7, 64, 300), (33, 72, 1001), (130, 16, 4097)]
 SMALL_BUDGET = 50_000  # bytes: many chunks of tokens and tiles of the vocabulary at the larger shapes
@@ -20,21 +20,8 @@ def cpu_that_multiplies_bf16(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_torch, "_cpu_has_bf16", lambda: True)
 
 
-def seeded(rows=33, hidden=72, vocab=1001, *, dtype=torch.float64, ignored_frac=0.3, seed=0):
-    """Inputs with peaked and flat rows: logits have standard deviations from 0.1 to 8 over the rows."""
-    rng = torch.Generator().manual_seed(seed)
-    h = torch.randn(rows, hidden, generator=rng) * torch.linspace(0.1, 8, rows)[:, None]
-    w = torch.randn(vocab, hidden, generator=rng) / hidden**0.5
-    target = torch.randint(0, vocab, (rows,), generator=rng)
-    target[torch.rand(rows, generator=rng) < ignored_frac] = IGNORE
-    return h.to(dtype), w.to(dtype), target
-
-
-def loss_and_grads(loss_fn, h, w, target, upstream=1.0, **kwargs):
-    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    loss = loss_fn(h, w, target, **kwargs)
-    (loss * upstream).backward()
-    return loss.detach(), h.grad, w.grad
+def seeded(rows=33, hidden=72, vocab=1001, *, dtype=torch.float64, **options):
+    return tensors_made.seeded(rows, hidden, vocab, dtype=dtype, **options)
 
 
 def assert_equal_to_rounding(got, want, eps):

@@ -4,14 +4,15 @@ import functools
 
 import aquila_kernels.cross_entropy
 import pytest
+import tensors_made
 import torch
 from aquila_kernels import linear_cross_entropy as module
 from aquila_kernels import linear_cross_entropy_triton as path
 from aquila_kernels import reference
 from aquila_kernels.arguments import Terms
+from tensors_made import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of inf and nan
-IGNORE = -100
 linear_cross_entropy = functools.partial(module.linear_cross_entropy, kernel="triton")
 
 
@@ -22,21 +23,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(path._TARGET_LAUNCH, "BLOCK", 32)
 
 
-def seeded(rows=21, hidden=40, vocab=151, *, dtype=torch.float32, ignored_frac=0.3, seed=0):
-    """Inputs with peaked and flat rows: logits have standard deviations from 0.1 to 8 over the rows."""
-    rng = torch.Generator().manual_seed(seed)
-    h = torch.randn(rows, hidden, generator=rng) * torch.linspace(0.1, 8, rows)[:, None]
-    w = torch.randn(vocab, hidden, generator=rng) / hidden**0.5
-    target = torch.randint(0, vocab, (rows,), generator=rng)
-    target[torch.rand(rows, generator=rng) < ignored_frac] = IGNORE
-    return h.to(dtype), w.to(dtype), target
+def seeded(rows=21, hidden=40, vocab=151, *, dtype=torch.float32, **options):
+    return tensors_made.seeded(rows, hidden, vocab, dtype=dtype, **options)
 
 
-def loss_and_grads(loss_fn, h, w, target, upstream=1.0, **options):
-    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    loss = loss_fn(h, w, target, **options)
-    (loss * upstream).sum().backward()
-    return [t.double() for t in (loss.detach(), h.grad, w.grad)]
+def loss_and_grads(*given, **options):
+    return [t.double() for t in tensors_made.loss_and_grads(*given, **options)]
 
 
 def assert_at_most_twice_the_error(ours, plains, exacts, dtype):

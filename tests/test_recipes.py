@@ -115,7 +115,7 @@ def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in (".lock",)]  # nothing left behind
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "chat"])
 def test_triton_asked_for_without_a_gpu_stops_before_anything_is_made(recipe, tmp_path):
     done = train(f"recipe={recipe}", "kernel=triton", cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2

@@ -28,10 +28,6 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
             narration.opening(cfg)
-            if cfg.kernel is KernelChoice.triton:  # where it cannot run, stop before anything is made
-                from aquila_sft import device, swap
-
-                swap.choose_kernel(cfg.kernel, device.of_this_machine())
             prerequisites.fill(cfg, compose_run)
             prepared = Prepared(Path(cfg.data.shards))
             base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)

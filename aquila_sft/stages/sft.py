@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import Attention, KernelChoice, Precision, SftRun
+from aquila_sft.config import Attention, Precision, SftRun
 from aquila_sft.data import sft_set
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.rows import PackedRows
@@ -31,10 +31,6 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
         stop = stack.enter_context(runtime.StopSignal())
         with runtime.main_process_first() as main:
             narration.opening(cfg)
-            if cfg.kernel is KernelChoice.triton:  # where it cannot run, stop before anything is made
-                from aquila_sft import device, swap
-
-                swap.choose_kernel(cfg.kernel, device.of_this_machine())
             prerequisites.fill(cfg, compose_run)
             inputs = find_inputs(cfg)
             runtime.set_threads(runtime.world_size())
