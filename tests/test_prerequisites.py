@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import train
 from aquila_sft import prerequisites
@@ -84,21 +83,15 @@ def test_a_path_that_is_given_is_kept():
 
 @pytest.mark.slow
 def test_smoke_goes_through_all_recipes_in_directories_of_their_own(tmp_path):
-    smoke = [sys.executable, str(ROOT / "train.py"), "recipe=sft", "debug=smoke"]
-    done = subprocess.run(smoke, capture_output=True, text=True, timeout=600)
+    done = warm.run(["recipe=sft", "debug=smoke"], timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     made = sorted(path.name for path in (tmp_path / "outputs/mini").iterdir())
     assert made == [*(f"{name}-smoke" for name in ("anneal", "prepare", "pretrain", "sft", "tokenizer")), "world"]
     assert json.loads((tmp_path / "outputs/mini/sft-smoke/summary.json").read_text())["steps"] == 2
     # a recipe before that was made with other settings is not what this one stands on
-    other = subprocess.run(
-        [*smoke[:2], "recipe=pretrain", "debug=smoke", "optim.lr=1e-5", "overwrite=true"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    other = warm.run(["recipe=pretrain", "debug=smoke", "optim.lr=1e-5", "overwrite=true"], timeout=600)
     assert other.returncode == 0, other.stderr[-2000:]
-    again = subprocess.run(smoke, capture_output=True, text=True, timeout=600)
+    again = warm.run(["recipe=sft", "debug=smoke"], timeout=600)
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
     assert "recipe=pretrain, needed by recipe=sft" in again.stderr and "optim.lr" in again.stderr
     assert "model.path=" in again.stderr

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from aquila_sft import cli
 from aquila_sft.errors import UserError
@@ -16,12 +17,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES = cli.choices("recipe")
 SCALES = cli.choices("scale")
 TAGGED = ("model", "optim", "schedule", "lora", "data", "tokenizer", "bpe", "sized")  # groups whose values are choices
-
-
-def train(*words: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=120, **kwargs
-    )
 
 
 def load(*words: str):
@@ -106,7 +101,7 @@ def test_the_135m_model_is_the_published_one():
 def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
     if not words:
         words = ["scale=mini"]
-    done = train(*words, cwd=tmp_path)
+    done = warm.run(words, cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().split("\n")
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -117,7 +112,7 @@ def test_a_slip_is_answered_with_one_line_and_status_2(words, parts, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["pretrain", "sft", "chat"])
 def test_triton_asked_for_without_a_gpu_stops_before_anything_is_made(recipe, tmp_path):
-    done = train(f"recipe={recipe}", "kernel=triton", cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    done = warm.run([f"recipe={recipe}", "kernel=triton"], cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2
     assert re.fullmatch("error: kernel=triton: .*; use kernel=auto or torch\n", done.stderr), done.stderr
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
