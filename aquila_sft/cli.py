@@ -24,8 +24,10 @@ FREE_TEXT = (
     "tokenizer.system",
     "data.files",
     "data.shards",
+    "machine.measured_by",
 )
-INTERNAL = ("stage", "demo", "scale_is_explicit")
+INTERNAL = ("stage", "demo", "scale_is_explicit", "words")
+CHECKED = ("tokenizer", "prepare", "pretrain", "anneal", "sft", "sft_lora")  # what recipe=check looks at
 WEIGHTS = ("data.languages", "data.sources")
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
@@ -35,6 +37,7 @@ Rebuild, instruction-tune and talk to Aquila-135M, one recipe a step.
   accelerate launch train.py recipe=<recipe> [scale=<scale>] [key=value ...]
   python train.py recipe=<recipe> ...            the same, one process
   python train.py recipe=<recipe> ... --cfg      print the settings of that run and stop
+  python train.py recipe=check of=<recipe> ...   look at that run on paper: schedule, data, memory, disk, time
 
 recipes
 {recipes}
@@ -65,6 +68,26 @@ def choices(group: str) -> list[str]:
 
 def prepare_overrides(words: list[str]) -> list[str]:
     """Command-line words as Hydra overrides, free text quoted. Raises UserError on what cannot be an override."""
+    if "recipe=check" in words:
+        return check_overrides(words)
+    return overrides_of(words)
+
+
+def check_overrides(words: list[str]) -> list[str]:
+    """recipe=check of=sft …: what is its own, and the command line of the recipe that it looks at as one setting."""
+    named = [word.removeprefix("of=") for word in words if word.startswith("of=")]
+    if len(named) != 1 or named[0] not in CHECKED:
+        told = f"of={named[0]} is not one of" if len(named) == 1 else "recipe=check needs of=<recipe>, one of"
+        raise UserError(f"{told} {', '.join(CHECKED)}{nearest(named[0], list(CHECKED)) if named else ''}")
+    own = [
+        word for word in words if word.split(".")[0] == "machine" or word.split("=")[0] in ("recipe", "of", "sample")
+    ]
+    others = [f"recipe={named[0]}", *(word for word in words if word not in own)]
+    scale = [word for word in others if word.startswith("scale=")][:1]  # both have it
+    return [*overrides_of([*own, *scale]), f"words=[{','.join(map(quoted, others))}]"]
+
+
+def overrides_of(words: list[str]) -> list[str]:
     overrides, seen = [], {}
     for word in words:
         key, equals, value = word.partition("=")

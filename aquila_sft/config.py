@@ -435,7 +435,47 @@ class ChatRun(Run):
             raise UserError("prompt= and prompts= are both set; keep one")
 
 
+CHECKED = ("tokenizer", "prepare", "pretrain", "anneal", "sft", "sft_lora")  # what recipe=check looks at
+
+
+@dataclass(kw_only=True)
+class Machine:
+    """What a run is imagined on; null: this machine."""
+
+    device: str | None = None  # cpu, cuda
+    memory_gb: float | None = None  # of the device
+    disk_gb: float | None = None  # free where the run would be written
+    processes: int | None = None  # that train together
+    tokens_per_s: float | None = None  # of all processes; null: as a run measured it, else not known
+    measured_by: str | None = None  # the folder of that run; null: the run directory of the recipe that is checked
+
+    def check(self) -> None:
+        if self.device not in (None, "cpu", "cuda"):
+            raise UserError(f"machine.device={self.device} is not one of cpu, cuda")
+        for name in ("memory_gb", "disk_gb", "processes", "tokens_per_s"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"machine.{name}={getattr(self, name)} must be more than 0")
+        if self.tokens_per_s and self.measured_by:
+            raise UserError("machine.tokens_per_s= and machine.measured_by= are both set; keep one")
+
+
+@dataclass(kw_only=True)
+class CheckRun(Run):
+    """recipe=check: another recipe, looked at and not run."""
+
+    of: str = MISSING
+    words: list[str] = MISSING  # that recipe's command line; set by cli.py
+    sample: int = MISSING  # documents or conversations that are read at most
+    machine: Machine = MISSING
+
+    def check(self) -> None:
+        super().check()
+        if self.sample < 1:
+            raise UserError(f"sample={self.sample} must be at least 1")
+
+
 SCHEMAS = {
+    "check": CheckRun,
     "tokenizer": TokenizerRun,
     "prepare": PrepareRun,
     "pretrain": PretrainRun,

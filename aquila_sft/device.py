@@ -114,8 +114,11 @@ def choose_attention(asked: Attention, device: str, precision: Precision) -> tup
     return asked.value, "asked for"
 
 
-def micro_batch_rows(train: Train, rows_per_process: int, device: str) -> int:
-    """Rows of one forward pass: as asked, or the largest divisor of a process's rows that its memory should hold."""
+def micro_batch_rows(train: Train, rows_per_process: int, device: str, memory_bytes: int | None = None) -> int:
+    """Rows of one forward pass: as asked, or the largest divisor of a process's rows that its memory should hold.
+
+    memory_bytes: of an imagined GPU; None: of this machine's.
+    """
     if train.micro_batch_rows is not None:
         if rows_per_process % train.micro_batch_rows:
             raise UserError(
@@ -126,7 +129,9 @@ def micro_batch_rows(train: Train, rows_per_process: int, device: str) -> int:
     # On a CPU more rows only cost memory. On a GPU the activations of Aquila-135M should take some 0.6 MB a token in
     # bf16 (34 x hidden size x layers bytes, an estimate, not measured);
     # 512 tokens per GiB leave a good half of the memory to weights, optimizer and the loss.
-    tokens = 1024 if device != "cuda" else 512 * torch.cuda.get_device_properties(0).total_memory // 2**30
+    if device == "cuda":
+        memory_bytes = memory_bytes or torch.cuda.get_device_properties(0).total_memory
+    tokens = 1024 if device != "cuda" else 512 * memory_bytes // 2**30
     limit = max(1, tokens // train.max_length)
     return max(n for n in range(1, min(limit, rows_per_process) + 1) if rows_per_process % n == 0)
 

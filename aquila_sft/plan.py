@@ -15,8 +15,18 @@ class Plan:
     share of them. From `end` on places are blank: they fill the last step of a run that is measured in epochs.
     """
 
-    def __init__(self, train: Train, num_rows: int, device: str, *, is_smoke: bool) -> None:
-        world = runtime.world_size()
+    def __init__(
+        self,
+        train: Train,
+        num_rows: int,
+        device: str,
+        *,
+        is_smoke: bool,
+        processes: int | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """`processes` and `memory_bytes` are for a run that is only imagined (recipe=check); None: this machine's."""
+        self.processes = world = processes or runtime.world_size()
         self.rows_per_step = train.tokens_per_step // train.max_length
         if self.rows_per_step % world:
             unit = world * train.max_length
@@ -25,7 +35,7 @@ class Plan:
                 f"train.max_length = {world} x {train.max_length} = {unit}; use "
                 f"{-(-train.tokens_per_step // unit) * unit}"
             )
-        self.micro_rows = micro_batch_rows(train, self.rows_per_step // world, device)
+        self.micro_rows = micro_batch_rows(train, self.rows_per_step // world, device, memory_bytes)
         self.accumulation = self.rows_per_step // world // self.micro_rows
         if train.num_epochs is not None:
             self.end = math.ceil(num_rows * train.num_epochs)  # in places: rows to be trained on
@@ -40,4 +50,4 @@ class Plan:
         self.epochs = self.places / num_rows
 
     def __str__(self) -> str:
-        return f"{runtime.world_size()} process(es) x {self.accumulation} x {self.micro_rows} rows"
+        return f"{self.processes} process(es) x {self.accumulation} x {self.micro_rows} rows"

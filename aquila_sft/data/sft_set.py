@@ -70,11 +70,9 @@ def prepare(
             return writers[part]
 
         held_back: collections.Counter = collections.Counter()
-        threshold = int(policy.holdout_fraction * 2**64)
         for conversation, _, ids, is_target in tokenized(progress(readable(files, ledger)), encode, ledger, policy):
             language = conversation.language
-            hold = (int(conversation.sha256()[:16], 16) < threshold) and held_back[language] < policy.holdout_max
-            held_back[language] += hold
+            hold = is_held_back(conversation, policy, held_back)
             writer(f"held-back/{language}" if hold else "train").add(
                 ids, is_target, conversations.answer_bytes(conversation.messages)
             )
@@ -97,6 +95,14 @@ def prepare(
     )
     os.rename(aside, folder)
     return report
+
+
+def is_held_back(conversation: Conversation, policy: RowPolicy, held_back: collections.Counter) -> bool:
+    """By the hash of its content, as long as its language has room; counted in `held_back`."""
+    threshold = int(policy.holdout_fraction * 2**64)
+    is_so = int(conversation.sha256()[:16], 16) < threshold and held_back[conversation.language] < policy.holdout_max
+    held_back[conversation.language] += is_so
+    return is_so
 
 
 def readable(files: list[Path], ledger: Ledger) -> Iterator[tuple[Conversation, str]]:

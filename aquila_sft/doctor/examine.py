@@ -1,0 +1,268 @@
+"""What lies on this machine for a run that has not begun; looked at, never written, never fetched.
+
+    a recipe's settings -> what the recipes before it made -> shards, vocabulary, base, conversations, documents
+
+Each function returns figures, or raises UserError as the run would. What only the Hub has is Absent: no fault, but
+nothing to look at.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from aquila_sft import checkpoint, hub, prerequisites, run_dir
+from aquila_sft.config import PrepareRun, PretrainRun, Run, SftRun, TextData
+from aquila_sft.data import documents, packing, sft_set, sources
+from aquila_sft.data.documents import DocumentLedger
+from aquila_sft.data.ledger import Ledger, NothingLeft
+from aquila_sft.errors import UserError
+
+
+class Absent(Exception):
+    """Not here now, and no fault: a recipe makes it first, or the Hub has it. The message says which."""
+
+
+# ---- what the recipes before made ----
+
+
+def needs(run: Run, compose_run: prerequisites.ComposeRun) -> dict[str, Run]:
+    """The recipes whose outputs `run` takes because it names none of its own, with theirs before them."""
+    if not prerequisites.open_needs(run):
+        return {}
+    names = [name for name in prerequisites.all_needs(run.recipe) if not prerequisites.is_given(name, run)]
+    return {name: compose_run(prerequisites.words(name, run)) for name in names}
+
+
+def take(run: Run, before: dict[str, Run]) -> list[str]:
+    """Set the paths that finished recipes before `run` would set; the names of those that are not finished."""
+    done = {name: other for name, other in before.items() if prerequisites.is_finished(other)}
+    finals = {name: str(Path(other.output_dir) / "final") for name, other in done.items()}
+    match run:
+        case PrepareRun() if not prerequisites.has_tokenizer(run):
+            run.tokenizer.path = finals.get("tokenizer")
+        case PretrainRun():
+            run.data.shards = run.data.shards or finals.get("prepare")
+            if run.recipe == "anneal" and run.model.path is None and "pretrain" in done:
+                run.model.path = str(newest_step(Path(done["pretrain"].output_dir)) or finals["pretrain"])
+        case SftRun() if run.model.path is None:
+            run.model.path = finals.get("anneal")
+    return [name for name in before if name not in done]
+
+
+def newest_step(out: Path) -> Path | None:
+    """The newest checkpoint by name; whether it is whole is for the run to find out, which may move it aside."""
+    return max(out.glob("checkpoints/step-[0-9]*"), key=checkpoint.step_of, default=None)
+
+
+def state_of(run: Run) -> tuple[str, list[str]]:
+    """How far the run directory is, and the settings in which the run there differs from this one."""
+    out = Path(run.output_dir)
+    known = run_dir.read_json(out / "identity.json")
+    if known is None:
+        strangers = [p.name for p in out.iterdir() if p.name not in (".lock", "summary.json")] if out.is_dir() else []
+        if strangers:
+            raise UserError(f"output_dir={out} is no run directory (it holds {strangers[0]}); choose another")
+        return "new", []
+    settings, there = run_dir.identity_of(run), known["identity"]
+    found_out = ("kernel", "train.precision", "train.attention")  # what `auto` became
+    differing = [
+        f"{key}={value} ({there[key]} there)"
+        for key, value in settings.items()
+        if key in there and key not in found_out and there[key] != value
+    ]
+    if not known["has_begun"]:
+        return "new", []
+    if run_dir.RunDir(out).is_finished():
+        return "finished, it would be reused", differing
+    newest = newest_step(out)
+    return f"unfinished, it would go on from {newest.name if newest else 'its beginning'}", differing
+
+
+# ---- vocabularies and bases ----
+
+
+def tokenizer_of(folder: Path):
+    """The tokenizer of a folder. Absent for tiktoken ranks, which a run converts first."""
+    from aquila_sft.tokenizer import RANKS_FILE, load_tokenizer
+
+    if folder.is_file() or not (folder / "tokenizer.json").is_file() and (folder / RANKS_FILE).is_file():
+        raise Absent(f"{folder}: tiktoken ranks, converted by the run")
+    return load_tokenizer(folder)
+
+
+def tokenizer_asked_for(run: Run):
+    """What tokenizer.path or tokenizer.ranks names."""
+    key = "ranks" if run.tokenizer.ranks else "path"
+    path = Path(getattr(run.tokenizer, key)).expanduser()
+    if not path.exists() or path.is_dir() != (key == "path"):
+        raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
+    return tokenizer_of(path)
+
+
+def base_of(run: PretrainRun | SftRun) -> Path | None:
+    """The folder of the model that is gone on from; None: random weights."""
+    path = run.model.path
+    if path == "random":
+        return None
+    if path is None:
+        raise Absent("a model of the recipe before")
+    wanted = hub.Wanted(path, "model", run.model.revision, hub.MODEL_FILES, hub.NOT_MODEL_FILES)
+    if hub.needs_hub(path) and path.count("/") == 1 and not path.startswith((".", "~", "/", "outputs/")):
+        folder = hub.cached(wanted)
+        if folder is None:
+            raise Absent(f"{path} from the Hub")
+        return folder
+    folder = hub.model_folder(path, run.model.revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path} holds no model: config.json is missing")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path={path} has no *.safetensors; pickled weights are not read")
+    return folder
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def rate_at(base: Path) -> float | None:
+    """The learning rate that a checkpoint was left at, from the metrics.jsonl of its run; None where there is none."""
+    is_step = base.name.startswith("step-")
+    run = base.parent.parent if is_step else base.parent
+    logged = [m for m in metrics(run) if "lr" in m and (not is_step or m["step"] <= checkpoint.step_of(base))]
+    return logged[-1]["lr"] if logged else None
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl of a run; a line that a kill cut off is not one."""
+    found = []
+    if (run / "metrics.jsonl").is_file():
+        for line in (run / "metrics.jsonl").read_text("utf-8").split("\n"):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return found
+
+
+def tokens_per_s(run: Path) -> float | None:
+    """The median of what a run logged, its first step left out: that one warms up."""
+    logged = [m["tokens_per_s"] for m in metrics(run) if "tokens_per_s" in m][1:]
+    return float(np.median(logged)) if logged else None
+
+
+# ---- conversations ----
+
+
+@dataclasses.dataclass
+class Conversations:
+    """Figures of a set, as `sample` of it make them; beyond that scaled by the number of records."""
+
+    records: int
+    sampled: int
+    report: dict  # the ledger of the sample
+    rows: int  # of the whole
+    filled: float
+    tokens: int
+    answer_tokens: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.sampled == self.records
+
+
+def conversations(run: SftRun, tokenizer, sample: int) -> Conversations:
+    """Read, tokenized, held back and packed as the run would, in memory. Raises UserError when nothing is left."""
+    from aquila_sft.chat_template import encode_batch
+
+    files = conversation_files(run)
+    policy = sft_set.RowPolicy(
+        run.train.max_length, run.data.holdout_fraction, run.data.holdout_max, run.data.pack_window, run.seed
+    )
+    encode = partial(encode_batch, tokenizer, default_system=run.tokenizer.system)
+    ledger, held_back, lengths = Ledger(), Counter(), []
+    found = itertools.islice(sft_set.readable(files, ledger), sample)
+    for conversation, _, ids, is_target in sft_set.tokenized(found, encode, ledger, policy):
+        is_held_back = sft_set.is_held_back(conversation, policy, held_back)
+        ledger.keep(conversation, len(ids), sum(is_target), is_held_back)
+        lengths += [] if is_held_back else [len(ids)]
+    report = ledger.as_dict()
+    if not lengths:
+        raise NothingLeft(report, files)
+    rows = packing.pack(np.array(lengths), policy.max_length, window=policy.pack_window, seed=policy.seed)
+    records = ledger.read if ledger.read < sample else sum(count_records(file) for file in files)
+    whole = max(1.0, records / ledger.read)
+    return Conversations(
+        records=records,
+        sampled=ledger.read,
+        report=report,
+        rows=round(len(rows) * whole),
+        filled=sum(lengths) / (len(rows) * policy.max_length),
+        tokens=round(report["tokens"] * whole),
+        answer_tokens=round(report["answer_tokens"] * whole),
+    )
+
+
+def conversation_files(run: SftRun) -> list[Path]:
+    if run.data.files is not None:
+        return sources.find(run.data.files)
+    if run.data.bundled == "world":
+        file = Path(f"outputs/{run.scale}/world/conversations.jsonl")
+        if not file.is_file():
+            raise Absent("the bundled world, written by the run")
+        return [file]
+    if run.data.manifest is None:
+        raise UserError("data.files, data.manifest and data.bundled are all null: give data.files=<conversations>")
+    raise Absent(f"the data set {run.data.manifest}, {run.data.subset}, from the Hub")
+
+
+def count_records(file: Path) -> int:
+    """Records of a file, without looking into them."""
+    if file.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.ParquetFile(file).metadata.num_rows
+    if file.name.endswith(".json"):
+        return sum(1 for _ in sources.read(file))
+    with sources.open_bytes(file) as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+# ---- documents ----
+
+
+@dataclasses.dataclass
+class Documents:
+    """Figures of text, from the first documents of each source."""
+
+    files: dict[str, list[Path]]
+    file_bytes: int  # of all files, as they are on the disk
+    sampled: list[str]
+    languages: Counter  # bytes of the sampled text
+    report: dict
+
+
+def texts(data: TextData, scale: str, sample: int) -> Documents:
+    if data.files is None and data.bundled == "world":
+        world = Path(f"outputs/{scale}/world")
+        paths = {"world": [world / "documents.jsonl"], "world_notes": [world / "notes.jsonl"]}
+        if not all(path.is_file() for listed in paths.values() for path in listed):
+            raise Absent("the bundled world, written by the run")
+    elif data.files is None:
+        raise Absent("text: give data.files=<files>")
+    else:
+        paths = documents.find(data, Path())  # writes nothing where files are given
+    ledger, sampled, languages = DocumentLedger(), [], Counter()
+    for source, listed in paths.items():
+        found = documents.read({source: listed}, data.text_column, ledger.refuse)
+        for document, _ in itertools.islice(found, max(1, sample // len(paths))):
+            size = len(document.text.encode())
+            ledger.add(document, 0, size, held_back=False)
+            languages[document.language] += size
+            sampled.append(document.text)
+    total = sum(path.stat().st_size for listed in paths.values() for path in listed)
+    return Documents(paths, total, sampled, languages, ledger.as_dict())

@@ -1,0 +1,91 @@
+"""recipe=sft and recipe=sft_lora on paper: conversations, their rows and template, and what all training has.
+
+What is looked at are counts: what is read, kept, supervised. Whether the right tokens are supervised is another matter.
+"""
+
+from pathlib import Path
+
+from aquila_sft.config import SftRun
+from aquila_sft.data.ledger import why_left_out
+from aquila_sft.doctor import examine, findings
+from aquila_sft.doctor.examine import Absent
+from aquila_sft.doctor.training import look_at_training, shape_of
+from aquila_sft.doctor.view import View
+from aquila_sft.errors import UserError
+
+
+def look_at_sft(view: View) -> None:
+    run: SftRun = view.run
+    base = view.attempt(examine.base_of, run)
+    tokenizer = view.attempt(chat_tokenizer, run, base)
+    found = None
+    if tokenizer:
+        system = f"system line {run.tokenizer.system!r}" if run.tokenizer.system else "no system line"
+        view.say("template", f"ChatML, {system}; answers and their <|im_end|> are supervised")
+        found = view.attempt(examine.conversations, run, tokenizer, view.cfg.sample)
+    else:
+        view.attempt(examine.conversation_files, run)
+    if found:
+        look_at_conversations(view, found)
+    shape = shape_of(view, base, len(tokenizer) if tokenizer else None)
+    if run.lora:
+        view.add(findings.of_adapter(run.lora, shape))
+    plan = look_at_training(view, shape, found and found.rows, "conversations")
+    if plan and found:
+        view.say("epochs", f"{plan.epochs:.2f} of {found.rows:,} rows")
+        if plan.epochs > 10:
+            view.warning("many-epochs", f"every conversation is seen {plan.epochs:.0f} times; train shorter")
+        blank = 1 - plan.end / plan.places
+        if blank > 0.1:
+            view.warning(
+                "blank-rows",
+                f"train.tokens_per_step={run.train.tokens_per_step:,}: {blank:.0%} of all rows are blank, they fill "
+                "the last step; lower it",
+            )
+
+
+def chat_tokenizer(run: SftRun, base: Path | None):
+    """The run's tokenizer, checked as the run checks it."""
+    from aquila_sft import chat_template
+
+    if run.tokenizer.path or run.tokenizer.ranks:
+        tokenizer = examine.tokenizer_asked_for(run)
+    elif base:
+        tokenizer = examine.tokenizer_of(base)
+    elif run.model.path == "random":
+        raise UserError("model.path=random has no tokenizer of its own: add tokenizer.path=<folder>")
+    else:
+        raise Absent("the base's tokenizer")
+    tokenizer.chat_template = chat_template.chatml(run.tokenizer.system)
+    if run.tokenizer.add_chat_tokens and chat_template.add_chat_tokens(tokenizer) and run.lora:
+        raise UserError(
+            "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be trained; "
+            "use recipe=sft, or a base that knows <|im_start|> and <|im_end|>"
+        )
+    chat_template.turn_end_id(tokenizer)
+    return tokenizer
+
+
+def look_at_conversations(view: View, found: examine.Conversations) -> None:
+    run, report = view.run, found.report
+    about = "" if found.is_exact else f", estimated from the first {found.sampled:,}"
+    view.say("conversations", f"{found.records:,} records, {found.rows:,} rows, {found.filled:.1%} full{about}")
+    view.say("tokens", f"{found.tokens:,}, {found.answer_tokens:,} of them supervised")
+    languages = ", ".join(f"{name} {counts.get('kept', 0):,}" for name, counts in report["by_language"].items())
+    view.say("languages", f"{languages}; held back {report['held_back']:,}, left out {report['left_out']:,}")
+    if report["left_out"] > 0.1 * report["read"]:
+        view.warning(
+            "left-out", f"{report['left_out']:,} of {report['read']:,} records are left out: {why_left_out(report)}"
+        )
+    if report["shortened"] > 0.2 * report["read"]:
+        view.warning(
+            "shortened",
+            f"train.max_length={run.train.max_length}: {report['shortened'] / report['read']:.0%} of the "
+            "conversations lose their first exchanges; raise it",
+        )
+    if not report["held_back"]:
+        view.warning("nothing-held-back", f"data.holdout_fraction={run.data.holdout_fraction:g} holds nothing back")
+    if found.filled < 0.6:
+        view.warning(
+            "rows-empty", f"rows are {found.filled:.0%} full; lower train.max_length or raise data.pack_window"
+        )
