@@ -29,7 +29,7 @@ def load(*words: str):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_at_every_scale(recipe, scale):
-    run = load(f"recipe={recipe}", f"scale={scale}")
+    run = load(f"recipe={recipe}", f"scale={scale}", *(["of=sft"] if recipe == "check" else []))
     assert (run.recipe, run.scale, run.output_dir) == (recipe, scale, f"outputs/{scale}/{recipe}")
     assert run.demo == (scale == "mini")
 
