@@ -169,7 +169,8 @@ def look_at_memory(view: View, shape: Shape, plan: "Plan", device: str, is_bf16:
     view.say("model", f"{shape.parameters:,} parameters{trained}")
     limit = f" of {available / 1e9:.1f}" if available else ""
     view.say("memory", f"peak {need.peak / 1e9:.2f}{limit} GB on one {device}; at most, and not all at once:")
-    view.say("", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.parts.items()))
+    told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.parts.items() if size)
+    view.say("", told + ("" if device == "cpu" else " (not compared with a measurement)"))
     view.add(findings.of_memory(need.peak, available))
 
 
