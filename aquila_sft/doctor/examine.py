@@ -18,7 +18,6 @@ import numpy as np
 from aquila_sft import checkpoint, hub, prerequisites, run_dir
 from aquila_sft.config import PrepareRun, PretrainRun, Run, SftRun, TextData
 from aquila_sft.data import documents, packing, sft_set, sources
-from aquila_sft.data.documents import DocumentLedger
 from aquila_sft.data.ledger import Ledger, NothingLeft
 from aquila_sft.errors import UserError
 
@@ -256,13 +255,11 @@ def texts(data: TextData, scale: str, sample: int) -> Documents:
         raise Absent("text: give data.files=<files>")
     else:
         paths = documents.find(data, Path())  # writes nothing where files are given
-    ledger, sampled, languages = DocumentLedger(), [], Counter()
+    ledger, sampled, languages = Ledger(), [], Counter()
     for source, listed in paths.items():
         found = documents.read({source: listed}, data.text_column, ledger.refuse)
         for document, _ in itertools.islice(found, max(1, sample // len(paths))):
-            size = len(document.text.encode())
-            ledger.add(document, 0, size, held_back=False)
-            languages[document.language] += size
+            languages[document.language] += len(document.text.encode())
             sampled.append(document.text)
     total = sum(path.stat().st_size for listed in paths.values() for path in listed)
     return Documents(paths, total, sampled, languages, ledger.as_dict())
