@@ -162,7 +162,7 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
 
     program: what the process holds before there is a model (Python and its libraries; nothing on a GPU). heap: what the
     allocator of a CPU cannot give again.
-    Not in it: a GPU's context, files that are mapped (the system takes them back when it needs room), and an
+    Not in it: DoRA, a GPU's context, files that are mapped (the system takes them back when it needs room), and an
     evaluation, which keeps no activations.
     """
     n, h = portion.tokens, shape.hidden_size
