@@ -252,7 +252,7 @@ class Train:
     activation_checkpointing: bool = MISSING
     logging_steps: int = MISSING
     save_steps: int = MISSING
-    eval_steps: int | None = None  # null: only before the first and after the last step
+    eval_steps: int | None = None  # null: before the first and after the last step; pretraining: see eval_share
     keep_checkpoints: int | None = MISSING  # the newest so many; null: all of them
 
     def check(self) -> None:
@@ -278,6 +278,27 @@ class Train:
                 + (f"{below} or " if below else "")
                 + f"{below + self.max_length}"
             )
+
+
+@dataclass(kw_only=True)
+class PretrainTrain(Train):
+    """What the loop of pretraining knows besides."""
+
+    compile: Any = MISSING  # layers through torch.compile: auto (on a GPU), true, false
+    intermediate_steps: int | None = MISSING  # a model is kept for good every so many steps; null: none
+    eval_share: float = MISSING  # evaluations in the loop cost at most this share of the compute
+    spike_sigma: float = MISSING  # an update so many standard deviations off is skipped; 0: only what is no number
+    max_skipped: int = MISSING  # updates skipped, each forgiven after ten good ones; one more, and the run goes back
+    max_rollbacks: int = MISSING  # one more, and it stops
+
+    def check(self) -> None:
+        super().check()
+        if self.compile not in ("auto", True, False):
+            raise UserError(f"train.compile={self.compile} is not one of auto, true, false")
+        if self.intermediate_steps is not None:
+            at_least("train", self, 1, "intermediate_steps")
+        within("train", self, 0.0, 1.0, "eval_share")
+        at_least("train", self, 0, "spike_sigma", "max_skipped", "max_rollbacks")
 
 
 @dataclass(kw_only=True)
@@ -380,7 +401,7 @@ class PretrainRun(Run):
     data: Mixture = MISSING
     optim: Optim = MISSING
     schedule: Schedule = MISSING
-    train: Train = MISSING
+    train: PretrainTrain = MISSING
 
     def check(self) -> None:
         super().check()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from aquila_sft import runtime
+from aquila_sft.config import PretrainTrain
 from aquila_sft.data import text_rows
 from aquila_sft.data.rows import IGNORE, PackedRows
 from aquila_sft.data.text_rows import TextRows
@@ -72,8 +73,7 @@ def text(
     results = {}
     for name, rows in sorted(parts.items()):
         part = rows.part
-        share = min(1.0, max_bytes / part.text_bytes)
-        count = math.ceil(len(rows) * share)
+        count = rows_evaluated(rows, max_bytes)
 
         def batches(rows: TextRows = rows, count: int = count) -> Iterable[dict]:
             for chosen in shared(count, rows_at_once):
@@ -87,6 +87,33 @@ def text(
             "bits_per_byte": inner / inner_tokens * text_tokens / math.log(2) / part.text_bytes,
         }
     return results
+
+
+def rows_evaluated(rows: TextRows, max_bytes: int) -> int:
+    return math.ceil(len(rows) * min(1.0, max_bytes / rows.part.text_bytes))
+
+
+def in_the_loop(train: PretrainTrain, eval_tokens: int, total_steps: int) -> tuple[int | None, str]:
+    """Every how many steps to evaluate, and what that costs, in words. None: before the first and after the last alone.
+
+    Predicting a token is a third of the work of training on it, so evaluations cost eval_tokens / (3 x tokens that are
+    trained on between two of them). Without train.eval_steps they fall on checkpoints, as often as train.eval_share
+    allows.
+    """
+    if not eval_tokens:
+        return None, "nothing is held back to be evaluated"
+    every = train.eval_steps
+    if every is None:
+        least = eval_tokens / (3 * train.tokens_per_step * train.eval_share) if train.eval_share else math.inf
+        every = math.ceil(least / train.save_steps) * train.save_steps if least <= total_steps else total_steps
+    if every >= total_steps:
+        return None, "evaluation before the first and after the last step"
+    share = eval_tokens / (3 * every * train.tokens_per_step)
+    told = f"evaluation every {every:,} steps, {share:.2%} of the compute"
+    if share > train.eval_share:
+        told += f": more than train.eval_share={train.eval_share:g}; fewer (train.eval_steps=null) or shorter ones "
+        told += "(data.eval_bytes=) cost less"
+    return every, told
 
 
 def shared(count: int, at_once: int) -> Iterable[list[int]]:

@@ -17,12 +17,18 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, from_step: int, last_step: int) -> None:
-        self.path = path
+        self.path, self.last_step = path, last_step
         kept = [m for m in self.read() if m["step"] <= from_step and (m["step"] < last_step or "loss" in m)]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic()
         if runtime.is_main():
             path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+
+    def again_from(self, step: int) -> "MetricsFile":
+        """The file after the run went back to an earlier step; the time that cost counts."""
+        again = MetricsFile(self.path, from_step=step, last_step=self.last_step)
+        again.seconds_before = self.seconds()
+        return again
 
     def seconds(self) -> float:
         """Training time so far, over all sittings."""
@@ -34,11 +40,15 @@ class MetricsFile:
                 file.write(json.dumps(figures) + "\n")
 
     def read(self) -> list[dict]:
-        """The objects so far; a line that a kill cut off is not one."""
-        if not self.path.is_file():
+        return self.lines(self.path)
+
+    @staticmethod
+    def lines(path: Path) -> list[dict]:
+        """The objects of a file; a line that a kill cut off is not one."""
+        if not path.is_file():
             return []
         lines = []
-        for line in self.path.read_text("utf-8").split("\n"):
+        for line in path.read_text("utf-8").split("\n"):
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:

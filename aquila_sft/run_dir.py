@@ -55,13 +55,16 @@ NOT_IDENTITY = {
     "train.eval_steps",
     "train.keep_checkpoints",
     "train.activation_checkpointing",
+    "train.intermediate_steps",
+    "train.eval_share",
+    "train.max_rollbacks",
 }
 
 
 # What a run makes. Only these are ever moved or deleted; whatever else lies in the directory is the user's.
 MADE = (
     *("config.yaml", "env.json", "identity.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
-    *("checkpoints", "final", "adapter", "data", "tokenizer", "tensorboard"),
+    *("checkpoints", "intermediate", "final", "adapter", "data", "tokenizer", "tensorboard"),
 )
 PREVIOUS = ".previous"  # an overwritten run waits here until the new one has begun
 

@@ -45,6 +45,10 @@ class MixtureOrder:
             rows[at] = permuted(turns[at], int(self.rows[part]), f"{self.key}/{self.parts[part]}/{epoch}")
         return parts, rows
 
+    def shares(self) -> dict[str, float]:
+        """Share of every part in the rows of a block."""
+        return {name: count / self.block_rows for name, count in zip(self.parts, self.counts.tolist(), strict=True)}
+
     def drawn(self, places: int) -> dict[str, int]:
         """Rows of every part among the first `places`."""
         blocks, rest = divmod(places, self.block_rows)

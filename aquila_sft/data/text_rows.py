@@ -35,22 +35,34 @@ class TextRows:
         positions[size:] = np.arange(self.length - size)
 
 
-def batch(rows: list[tuple[TextRows, int] | None], length: int, pad_id: int) -> dict:
-    """input_ids, position_ids, targets, int64 [len(rows), length]; None is a blank row.
+Places = list[tuple[TextRows, int] | None]  # None is a blank row
+
+
+def arrays(rows: Places, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Input ids, targets and positions, int64 [len(rows), length] each.
 
     Positions restart at every document and at the padding, which is what isolates them (see PackedRows.batch).
     targets: what each position has to predict, -100 where nothing.
     """
-    import torch
-
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     targets = np.full((len(rows), length), IGNORE, dtype=np.int64)
     positions = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
     for b, place in enumerate(rows):
         if place is not None:
             place[0].fill(place[1], ids[b], targets[b], positions[b])
+    return ids, targets, positions
+
+
+def tensors(ids: np.ndarray, targets: np.ndarray, positions: np.ndarray) -> dict:
+    """The same as a model takes them."""
+    import torch
+
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
         "targets": torch.from_numpy(targets),
     }
+
+
+def batch(rows: Places, length: int, pad_id: int) -> dict:
+    return tensors(*arrays(rows, length, pad_id))

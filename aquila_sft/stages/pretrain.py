@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
 from aquila_sft.config import Attention, KernelChoice, Precision, PretrainRun
-from aquila_sft.data import mixture
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.errors import UserError
 from aquila_sft.inputs import BASE_FILES
 
 if TYPE_CHECKING:
     from aquila_sft.device import Choices
-    from aquila_sft.plan import Plan
+    from aquila_sft.pretrain import Trainer
 
 
 def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
@@ -44,6 +43,7 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
                     "kernel": choices.kernel,
                     "train.precision": choices.precision.value,
                     "train.attention": choices.attention,
+                    "train.compile": is_compiled(cfg, choices),
                 }
                 out = stack.enter_context(run_dir.opened(cfg, identity))
             else:
@@ -81,9 +81,9 @@ def train(
     import transformers
 
     from aquila_sft import device, evaluate, pretrain, swap
+    from aquila_sft.data.loader import Loader
     from aquila_sft.data.text_rows import TextRows
     from aquila_sft.log import MetricsFile
-    from aquila_sft.plan import Plan
     from aquila_sft.schedule import remarks
     from aquila_sft.tokenizer import load_tokenizer
 
@@ -95,15 +95,14 @@ def train(
 
     tokenizer = load_tokenizer(prepared.tokenizer_folder)
     net = make_model(cfg, newest or base, out, choices, tokenizer)
-    parts = {name: TextRows(part, cfg.train.max_length) for name, part in prepared.parts.items()}
-    order = mixture_order(cfg, prepared, {name: len(rows) for name, rows in parts.items()})
-    plan = Plan(cfg.train, int(order.rows.sum()), choices.device, is_smoke=cfg.debug == "smoke")
-    check_epochs(cfg, order, plan)
-    batches = pretrain.Batches(
-        plan, order, [parts[name] for name in order.parts], cfg.train.max_length, tokenizer.pad_token_id
-    )
+    loader = Loader.of_run(cfg, prepared, device=choices.device, pad_id=tokenizer.pad_token_id)
+    plan, order = loader.plan, loader.order
+    told = ", ".join(f"{name} {share:.1%}" for name, share in order.shares().items())
+    runtime.say(f"  mixture: {told} (shares of rows)")
     held_back = {
-        name: TextRows(part, cfg.train.max_length) for name, part in prepared.held_back.items() if name in order.parts
+        name: TextRows(part, cfg.train.max_length)
+        for name, part in prepared.held_back.items()
+        if name in order.parts and cfg.data.eval_bytes
     }
     unseen = {prepared.parts[name].language for name in order.parts} - {
         prepared.held_back[name].language for name in held_back
@@ -117,7 +116,11 @@ def train(
         f"  {plan.steps:,} steps of {plan.rows_per_step} rows x {cfg.train.max_length} tokens; {plan}"
         + (f"; going on from step {done_steps}" if newest else "")
     )
-    metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1, last_step=plan.steps)
+    eval_rows = sum(evaluate.rows_evaluated(rows, cfg.data.eval_bytes) for rows in held_back.values())
+    eval_steps, told = evaluate.in_the_loop(cfg.train, eval_rows * cfg.train.max_length, plan.steps)
+    runtime.say(f"  {told}")
+    # what was evaluated after the last step stands before its checkpoint, and stays
+    metrics = MetricsFile(out.path / "metrics.jsonl", from_step=done_steps if newest else -1, last_step=plan.steps + 1)
 
     def evaluation(net: torch.nn.Module) -> dict:
         figures = evaluate.text(
@@ -137,30 +140,31 @@ def train(
             cfg,
             model=net,
             tokenizer=tokenizer,
-            batches=batches,
+            loader=loader,
             choices=choices,
-            checkpoints=out.checkpoints,
+            folder=out.path,
             metrics=metrics,
             stop=stop,
             evaluation=evaluation,
+            eval_steps=eval_steps,
         )
         asked = cfg.train.attention is not Attention.auto
         attention = swap.settle(net, trainer.accelerator.device, autocast(), asked=asked)
-        if start := newest or base:
-            has_moments = trainer.load_optimizer(start)
-            if not newest:
-                runtime.say(f"  optimizer: {'the moments of ' + str(start) if has_moments else 'begins anew'}")
+        if is_compiled(cfg, choices):
+            pretrain.compile_layers(net)
+        if newest:
+            trainer.restore(newest)
+        elif base:
+            has_moments = trainer.load_optimizer(base)
+            runtime.say(f"  optimizer: {'the moments of ' + str(base) if has_moments else 'begins anew'}")
         if runtime.is_main():
             out.begin()
         logged = trainer.run(done_steps)
     if runtime.is_main():
-        trained_on = consumed(cfg, prepared, order, plan)
-        run_dir.write_json(
-            out.path / "ledger.json", {"shards": cfg.data.shards, "shards_sha256": prepared.sha256, "parts": trained_on}
-        )
+        ledger = write_ledger(cfg, prepared, trainer, out)
         with checkpoint.room(out.path):
-            save_final(cfg, out, net, tokenizer, trained_on)
-        seconds, tokens = metrics.seconds(), plan.steps * cfg.train.tokens_per_step
+            save_final(cfg, out, net, tokenizer, ledger["parts"])
+        seconds, tokens = trainer.metrics.seconds(), plan.steps * cfg.train.tokens_per_step
         out.write_summary(
             cfg,
             "done",
@@ -171,6 +175,8 @@ def train(
             peak_memory_bytes=device.peak_memory_bytes(),
             parameters=sum(p.numel() for p in net.parameters()),
             **evaluate.of_run(logged),
+            **{key: ledger[key] for key in ("verdict", "hash", "updates_left_out")},
+            data_wait_share=mean_wait(logged),
             device=choices.device,
             kernel=choices.kernel,
             precision=choices.precision.value,
@@ -178,30 +184,48 @@ def train(
         )
 
 
-def mixture_order(cfg: PretrainRun, prepared: Prepared, num_rows: dict[str, int]) -> mixture.MixtureOrder:
-    """The order of the run, over the parts that the mixture asks for."""
-    shares = mixture.shares(
-        {name: (p.source, p.language, p.tokens) for name, p in prepared.parts.items()},
-        cfg.data.languages,
-        cfg.data.sources,
-    )
-    told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    runtime.say(f"  mixture: {told} (shares of tokens)")
-    return mixture.MixtureOrder(num_rows, shares, block_rows=cfg.data.block_rows, seed=cfg.seed, stage=cfg.recipe)
+def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: run_dir.RunDir) -> dict:
+    """ledger.json: what the run was trained on, compared with its order and its shards, read again."""
+    from aquila_sft import proof
 
-
-def consumed(cfg: PretrainRun, prepared: Prepared, order: mixture.MixtureOrder, plan: "Plan") -> dict[str, dict]:
-    """What the whole run was trained on: part -> source, language, tokens, epochs."""
-    epochs = order.epochs(plan.places)
-    return {
-        name: {
-            "source": prepared.parts[name].source,
-            "language": prepared.parts[name].language,
-            "tokens": rows * cfg.train.max_length,
-            "epochs": round(epochs[name], 3),
-        }
-        for name, rows in order.drawn(plan.places).items()
+    loader, counted = trainer.loader, trainer.consumed
+    verdict = proof.check(loader, trainer.metrics.read(), max_rows=proof.ROWS_AT_THE_END)
+    runtime.say(f"  ledger: {verdict}")
+    epochs = counted.rows / loader.order.rows
+    ledger = {
+        "verdict": verdict,
+        "hash": counted.hash,
+        "shards": cfg.data.shards,
+        "shards_sha256": prepared.sha256,
+        "places_left_out": loader.skipped,
+        "updates_left_out": int(trainer.guard.skipped),
+        "parts": {
+            name: {
+                "source": prepared.parts[name].source,
+                "language": prepared.parts[name].language,
+                "rows": int(counted.rows[i]),
+                "tokens": int(counted.rows[i]) * cfg.train.max_length,
+                "targets": int(counted.targets[i]),
+                "epochs": round(float(epochs[i]), 3),
+            }
+            for i, name in enumerate(loader.order.parts)
+        },
     }
+    run_dir.write_json(out.path / "ledger.json", ledger)
+    return ledger
+
+
+def mean_wait(logged: list[dict]) -> float | None:
+    """Share of the training time that passed waiting for data."""
+    shares = [m["data_wait_share"] for m in logged if "data_wait_share" in m][
+        1:
+    ]  # not the first: nothing was read ahead
+    return round(sum(shares) / len(shares), 6) if shares else None
+
+
+def is_compiled(cfg: PretrainRun, choices: "Choices") -> bool:
+    """Whether layers go through torch.compile; auto: on a GPU (what that gains was not measured), not on a CPU."""
+    return choices.device == "cuda" if cfg.train.compile == "auto" else cfg.train.compile
 
 
 def make_model(cfg: PretrainRun, start: Path | None, out: run_dir.RunDir, choices: "Choices", tokenizer):
@@ -228,16 +252,6 @@ def make_model(cfg: PretrainRun, start: Path | None, out: run_dir.RunDir, choice
     parameters = sum(p.numel() for p in net.parameters())
     runtime.say(f"  {type(net).__name__}, {parameters:,} parameters; base: {cfg.model.path}")
     return net
-
-
-def check_epochs(cfg: PretrainRun, order: mixture.MixtureOrder, plan: "Plan") -> None:
-    """No source is repeated more often than data.max_epochs allows."""
-    for name, epochs in order.epochs(plan.places).items():
-        if epochs > cfg.data.max_epochs:
-            raise UserError(
-                f"{name} would be gone through {epochs:.1f} times and data.max_epochs={cfg.data.max_epochs:g}: "
-                "train shorter, lower its weight, add text, or raise data.max_epochs"
-            )
 
 
 def with_languages(by_part: dict[str, dict], held_back: dict[str, Part]) -> dict[str, dict]:
