@@ -53,6 +53,7 @@ class Model:
 
     path: str | None = None  # folder, Hub id or `random`
     revision: str | None = None  # Hub only: a commit
+    subfolder: str | None = None  # of `path`, where the model lies
     architecture: Architecture = MISSING
     vocab_size: int | None = None  # null: as many as the tokenizer has
     hidden_size: int = MISSING

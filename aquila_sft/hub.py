@@ -68,7 +68,8 @@ class Wanted:
     @property
     def name(self) -> str:
         kind = {"model": "model", "dataset": "data set"}[self.kind]
-        subset = f"subset {self.subset}, " if self.subset else ""
+        part = {"model": "folder", "dataset": "subset"}[self.kind]
+        subset = f"{part} {self.subset}, " if self.subset else ""
         return f"{kind} {self.repo} ({subset}revision {self.revision or 'main'})"
 
     @property
@@ -121,31 +122,55 @@ def needs_hub(path: str | None) -> bool:
     return path not in (None, "random") and not Path(path).expanduser().is_dir()
 
 
-def model_folder(path: str, revision: str | None) -> Path:
+def model_folder(path: str, revision: str | None, subfolder: str | None = None) -> Path:
     """Folder with config, tokenizer and safetensors: `path` itself if it is one, else from the Hub.
 
-    A Hub snapshot's folder is named after its commit. Raises UserError, one line, within 10 s unless a
-    download began.
+    `subfolder`: where in it the model lies, as in BAAI/Aquila-135M-Intermediate; nothing else of it is downloaded. A
+    Hub snapshot's folder is named after its commit. Raises UserError, one line, within 10 s unless a download began.
     """
     folder = Path(path).expanduser()
     if path and folder.is_dir():
-        return folder
+        if subfolder and not (folder / subfolder).is_dir():
+            there = sorted(p.parent.relative_to(folder).as_posix() for p in folder.rglob("config.json"))
+            raise UserError(
+                f"model.subfolder={subfolder}: {folder} has no such folder{nearest(subfolder, there)}; models are in: "
+                f"{', '.join(there) or 'none'}"
+            )
+        return folder / subfolder if subfolder else folder
     if folder.is_file():
         raise UserError(f"model.path={path} is a file; name the folder with config.json and *.safetensors")
     if "://" in path:
         raise UserError(f"model.path={path} is an address; write the Hub id, owner/name, or a local folder")
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
     if looks_local or path.endswith(FILE_SUFFIXES):  # not Path.suffix: that of Qwen2.5-0.5B is .5B
-        raise UserError(f"model.path={path}: no such folder (working directory {Path.cwd()})")
+        raise UserError(
+            f"model.path={path}: no such folder (working directory {Path.cwd()}); a folder of a Hub repository is "
+            "model.path=<owner/name> model.subfolder=<folder>"
+        )
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(path)
     except HFValidationError:
         raise UserError(f"model.path={path!r} is neither a folder here nor a Hub id such as BAAI/Aquila-135M") from None
-    return fetch(
-        Wanted(path, "model", revision, MODEL_FILES, NOT_MODEL_FILES, hint=" (and no folder here has that name)")
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    fetched = fetch(
+        Wanted(
+            path,
+            "model",
+            revision,
+            tuple(inside + name for name in MODEL_FILES),
+            tuple(inside + name for name in NOT_MODEL_FILES),
+            subset=subfolder,
+            hint=" (and no folder here has that name)",
+        )
     )
+    return fetched / inside
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot, or of a folder in one."""
+    return next((part for part in reversed(folder.parts) if COMMIT.fullmatch(part)), None)
 
 
 def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
@@ -274,8 +299,9 @@ def missing_from(wanted: Wanted, names: list[str]) -> str | None:
     if wanted.kind == "dataset" and not names:
         return f"no file {' or '.join(wanted.include)}"
     if wanted.kind == "model":
-        if "config.json" not in names:
-            return "no config.json"
+        inside = f"{wanted.subset.strip('/')}/" if wanted.subset else ""
+        if f"{inside}config.json" not in names:
+            return f"no {inside}config.json"
         if not any(n.endswith(".safetensors") for n in names):
             return "no *.safetensors (pickled weights are not read)"
     for name in names:  # train-00000-of-00015.parquet, model-00001-of-00002.safetensors

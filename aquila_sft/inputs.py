@@ -69,9 +69,17 @@ def find_inputs(cfg: SftRun) -> Inputs:
             "subset": fetched.subset,
             "licence": fetched.licence,
         }
-    base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
+    base = (
+        None
+        if cfg.model.path == "random"
+        else hub.model_folder(cfg.model.path, cfg.model.revision, cfg.model.subfolder)
+    )
     if base is not None:
-        origin["model"] = {"path": cfg.model.path, "commit": base.name if hub.needs_hub(cfg.model.path) else None}
+        origin["model"] = {
+            "path": cfg.model.path,
+            "subfolder": cfg.model.subfolder,
+            "commit": hub.commit_of(base) if hub.needs_hub(cfg.model.path) else None,
+        }
     return Inputs(base, vocabulary, files, origin, questions)
 
 

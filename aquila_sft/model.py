@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from aquila_sft import runtime
 from aquila_sft.chat_template import stop_ids
 from aquila_sft.config import Architecture, Model
 from aquila_sft.errors import UserError
@@ -131,12 +132,29 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     added = max(0, len(tokenizer) - rows)
     if added:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(tokenizer, name))
+    correct_marks(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = stop_ids(tokenizer)
     return added
+
+
+def correct_marks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Begin and end of a text as the tokenizer has them, with a line where the model's configuration had others.
+
+    Published pretraining checkpoints of Aquila-135M have 1 and 2 there, their class's defaults, which its vocabulary
+    spells " and #: a text would end at its first #.
+    """
+    for name, mark in (("bos_token_id", "begin"), ("eos_token_id", "end")):
+        stated, right = getattr(model.config, name), getattr(tokenizer, name)
+        if stated is not None and stated != right:
+            of_right = "none" if right is None else f"{right} ({tokenizer.convert_ids_to_tokens(right)})"
+            runtime.say(
+                f"  the model's configuration has {stated} as the token that a text {mark}s with, its vocabulary "
+                f"{of_right}: corrected"
+            )
+        setattr(model.config, name, right)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -47,6 +47,7 @@ NOT_IDENTITY = {
     "data.eval_bytes",
     "model.path",
     "model.revision",
+    "model.subfolder",
     "tokenizer.path",
     "tokenizer.ranks",
     "train.micro_batch_rows",

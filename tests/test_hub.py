@@ -50,6 +50,17 @@ REPOSITORIES = {
             "old/model.safetensors": b"old",
         },
     ),
+    "models/BAAI/Aquila-135M-Intermediate": (
+        MAIN,
+        {
+            "README.md": b"card",
+            **{
+                f"{folder}/{name}": name.encode()
+                for folder in ("pretrain/iter_0250000_hf", "pretrain/iter_0500000_hf", "annealing/iter_0084772_hf")
+                for name in ("config.json", "model.safetensors", "qwen.tiktoken", "tokenization_qwen.py")
+            },
+        },
+    ),
     "models/BAAI/Pickled": (MAIN, {"config.json": b"{}", "pytorch_model.bin": b"pickle"}),
 }
 REFUSALS = {  # mode -> status, header, header of the Hub's answer
@@ -342,6 +353,28 @@ def test_a_model_comes_without_code_and_pickles_and_stays_usable_offline(ask, fa
     without = ask(MODEL, fake_hub.url)  # `main` may have moved on since
     assert without.out == said.out
     assert MAIN in without.err and without.err.startswith("note: no connection")
+
+
+def test_a_checkpoint_in_a_subfolder_comes_alone_and_stays_usable_offline(ask, fake_hub):
+    code = 'print(hub.model_folder("BAAI/Aquila-135M-Intermediate", None, "pretrain/iter_0500000_hf"))'
+    said = ask(code, fake_hub.url)
+    assert said.status == 0, said.err
+    folder = Path(said.out)
+    assert folder.parts[-3:] == (MAIN, "pretrain", "iter_0500000_hf") and hub.commit_of(folder) == MAIN
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "qwen.tiktoken"]
+    assert not [p for p in folder.parents[1].rglob("iter_*") if p.name != folder.name]
+    assert ask(code, fake_hub.url, HF_HUB_OFFLINE="1").out == str(folder)
+    absent = ask(code.replace("0500000", "0600000"), fake_hub.url)
+    assert absent.status == 2 and "no pretrain/iter_0600000_hf/config.json" in absent.last_line, absent.err
+
+
+def test_a_subfolder_that_a_local_folder_lacks_names_those_that_hold_models(tmp_path):
+    for name in ("pretrain/iter_1", "annealing/iter_2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    assert hub.model_folder(str(tmp_path), None, "pretrain/iter_1") == tmp_path / "pretrain/iter_1"
+    with pytest.raises(UserError, match="did you mean annealing/iter_2.*annealing/iter_2, pretrain/iter_1"):
+        hub.model_folder(str(tmp_path), None, "annealing/iter_3")
 
 
 def test_a_model_of_pickles_is_refused(ask, fake_hub):

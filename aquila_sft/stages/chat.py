@@ -87,7 +87,7 @@ def find_model(model: Model, scale: str) -> Path:
     if not is_local(model.path):
         from aquila_sft import hub
 
-        return hub.model_folder(model.path, model.revision)
+        return hub.model_folder(model.path, model.revision, model.subfolder)
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
         raise UserError(

@@ -29,7 +29,11 @@ def run(cfg: PretrainRun, compose_run: Callable[[list[str]], object]) -> None:
             narration.opening(cfg)
             prerequisites.fill(cfg, compose_run)
             prepared = Prepared(Path(cfg.data.shards))
-            base = None if cfg.model.path == "random" else hub.model_folder(cfg.model.path, cfg.model.revision)
+            base = (
+                None
+                if cfg.model.path == "random"
+                else hub.model_folder(cfg.model.path, cfg.model.revision, cfg.model.subfolder)
+            )
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
 
