@@ -82,6 +82,11 @@ def set_threads(world_size: int = 1) -> int:
     return threads
 
 
+# Kept while the process lives. Without a launcher that holds the store (srun), the main process does, and closing it
+# when it goes on would leave the others with a broken connection instead of an answer.
+stores: list = []
+
+
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """The main process runs the body first, alone; the others run it after it succeeded. Yields is_main().
@@ -98,6 +103,7 @@ def main_process_first() -> Iterator[bool]:
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://"))
+    stores.append(store)
     key = f"aquila-prepared-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if is_main():
         try:

@@ -7,29 +7,30 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import poisoned
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from tiny import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aquila_sft import checkpoint, pretrain, proof
 from aquila_sft.data.rows import IGNORE
 from aquila_sft.data.shards import PartWriter, Prepared
 from aquila_sft.data.text_rows import TextRows, batch
+from aquila_sft.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def command(*words) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *map(str, words)]
 
 
 def run(*words):
@@ -90,6 +91,8 @@ def words(shards, out, *more, recipe="pretrain") -> list[str]:
         "train.micro_batch_rows": 2,
         "train.logging_steps": 1,
         "train.save_steps": 2,
+        "train.intermediate_steps": 5,
+        "train.precision": "fp32",
         "optim.lr": 3e-3,
         "model.hidden_size": 32,
         "model.intermediate_size": 64,
@@ -135,22 +138,47 @@ def test_a_run_leaves_what_the_contract_names(unbroken):
     assert [m["step"] for m in trained] == list(range(1, STEPS + 1))
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"} <= set(trained[0])
     assert all(m["lr"] == 3e-3 for m in trained)  # 2 % of 8 steps is no warm-up, and nothing decays here
+    assert all(m["skipped_updates"] == 0 and 0 <= m["data_wait_share"] < 1 for m in trained)
     ledger = json.loads((folder / "ledger.json").read_text())
-    rows = {name: part["tokens"] // 64 for name, part in ledger["parts"].items()}
+    rows = {name: part["rows"] for name, part in ledger["parts"].items()}
     assert sum(rows.values()) == STEPS * 8 and set(rows) == {"wiki.en", "wiki.zh"}
+    assert ledger["verdict"] == told["verdict"] == "nothing lost, nothing twice: 64 rows counted, 64 of them read again"
+    state = (folder / "checkpoints/step-000008/state.json").read_text()
+    assert json.loads(state)["ledger"]["hash"] == ledger["hash"] and len(state) < 1024
     assert "demo: true" in (folder / "final/README.md").read_text()
     assert "scale=135m" in done.stdout.splitlines()[0] and "scale=135m" in done.stdout.splitlines()[-1]
 
 
 def test_every_checkpoint_and_final_load_in_stock_transformers(unbroken):
     folder, _ = unbroken
-    for path in (*sorted((folder / "checkpoints").iterdir()), folder / "final"):
+    kept = sorted(path for path in (folder / "intermediate").iterdir() if path.is_dir())
+    for path in (*sorted((folder / "checkpoints").iterdir()), *kept, folder / "final"):
         model = AutoModelForCausalLM.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         ids = tokenizer("The river", return_tensors="pt")["input_ids"]
         assert torch.isfinite(model(ids).logits).all()
     assert not [f for f in (folder / "final").iterdir() if f.suffix in (".bin", ".pt", ".py")]
+
+
+def test_models_are_kept_early_and_evenly_and_listed(unbroken):
+    folder, _ = unbroken
+    entries = json.loads((folder / "intermediate/index.json").read_text())
+    assert [(e["step"], e["name"]) for e in entries] == [
+        (1, "pretrain-step-0000001-tokens-512"),
+        (2, "pretrain-step-0000002-tokens-1024"),
+        (4, "pretrain-step-0000004-tokens-2048"),
+        (5, "pretrain-step-0000005-tokens-2560"),
+        (8, "pretrain-step-0000008-tokens-4096"),
+    ]
+    ledgers = {m["step"]: m["ledger"] for m in metrics(folder) if "ledger" in m}
+    for entry in entries:
+        weights = folder / "intermediate" / entry["name"] / "model.safetensors"
+        assert entry["weights_sha256"] == {"model.safetensors": checkpoint.sha256(weights)}
+        assert checkpoint.problem(folder / "intermediate" / entry["name"]) is None
+        assert (entry["stage"], entry["lr"], entry["tokens"]) == ("pretrain", 3e-3, entry["step"] * 512)
+        assert sum(entry["mixture"].values()) == 1 and entry["ledger"] == ledgers.get(entry["step"], entry["ledger"])
+    assert entries[-1]["bits_per_byte"] == summary(folder)["bits_per_byte"] and entries[0]["bits_per_byte"] is None
 
 
 def test_bits_per_byte_are_those_of_plain_logits(unbroken, shards):
@@ -198,14 +226,11 @@ def test_rows_hold_every_token_once_and_restart_positions_at_documents(tmp_path)
 def test_kill_9_and_the_same_command_end_bitwise_where_the_unbroken_run_ends(unbroken, shards, tmp_path):
     whole, _ = unbroken
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(*words(shards, out)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = warm.Process(words(shards, out), env=ENV)
     while not (out / "checkpoints/step-000004").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
     assert not (out / "final").exists()
     again = run(*words(shards, out))
     assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
@@ -218,21 +243,17 @@ def test_kill_9_and_the_same_command_end_bitwise_where_the_unbroken_run_ends(unb
 def test_sigterm_saves_the_step_and_exits_with_3(shards, tmp_path):
     out = tmp_path / "run"
     more = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9")
-    process = subprocess.Popen(
-        command(*words(shards, out, *more)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = warm.Process(words(shards, out, *more), env=ENV)
     while not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 3 and "Traceback" not in told
+    assert process.wait(60) == 3 and "Traceback" not in process.stderr
     assert summary(out)["status"] == "stopped"
     (saved,) = (out / "checkpoints").iterdir()
     assert metrics(out)[-1]["step"] == int(saved.name[5:])
 
 
-@pytest.mark.slow
 def interrupted(whole: Path, out: Path, step: int) -> Path:
     """A copy of a run as a kill after `step` left it."""
     shutil.copytree(whole, out)
@@ -244,19 +265,134 @@ def interrupted(whole: Path, out: Path, step: int) -> Path:
     return out
 
 
-def test_two_processes_go_on_as_one_would(unbroken, shards, tmp_path):
+def together(*words, script=warm.TRAIN) -> list[warm.Process]:
+    """A run of two processes, without a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    envs = [ENV | {k: str(v) for k, v in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in (0, 1)]
+    both = [warm.Process(words, script=script, env=env) for env in envs]
+    assert [process.wait(90) for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    return both
+
+
+@pytest.mark.slow
+def test_one_process_then_two_then_one_train_on_the_same_rows_as_one(unbroken, shards, tmp_path):
     whole, _ = unbroken
-    out = interrupted(whole, tmp_path / "two", step=2)
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    done = subprocess.run(
-        [*two, *command(*words(shards, out))[1:]], capture_output=True, text=True, timeout=300, env=ENV
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout and "going on from step 2" in done.stdout
+    out = interrupted(whole, tmp_path / "run", step=2)
+    told, _ = together(*words(shards, out))
+    assert "2 process(es)" in told.stdout and "going on from step 2" in told.stdout
+    assert summary(out)["verdict"] == summary(whole)["verdict"]
+    interrupted(out, tmp_path / "again", step=6)
+    shutil.rmtree(out)
+    (tmp_path / "again").rename(out)
+    done = run(*words(shards, out))
+    assert done.returncode == 0 and "1 process(es)" in done.stdout and "going on from step 6" in done.stdout
+    # the same rows at the same places: the same ledger at every checkpoint
+    ledgers = [[m["ledger"] for m in metrics(f) if "ledger" in m] for f in (out, whole)]
+    assert ledgers[0] == ledgers[1] and len(ledgers[0]) == 4
+    assert (out / "ledger.json").read_text() == (whole / "ledger.json").read_text()
+    assert proof.of_run(out) == summary(whole)["verdict"]
+    # the same sums in another order
     losses = [[m["loss"] for m in metrics(f) if "loss" in m] for f in (out, whole)]
-    # the same rows and the same sums; only their order differs, which bf16 products round differently
-    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
-    assert summary(out)["bits_per_byte"] == pytest.approx(summary(whole)["bits_per_byte"], rel=5e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert summary(out)["bits_per_byte"] == pytest.approx(summary(whole)["bits_per_byte"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_twice_are_bitwise_equal_and_leave_out_the_same_updates(unbroken, shards, tmp_path):
+    whole, _ = unbroken
+    ends = []
+    for name in ("a", "b"):
+        (folder := tmp_path / name).mkdir()
+        out = interrupted(whole, folder / "run", step=4)
+        together(*words(shards, out), script=Path(__file__).with_name("poisoned.py"))
+        ends.append([(folder / f"weights-{rank}").read_text() for rank in (0, 1)])
+        assert [m["skipped_updates"] for m in metrics(out) if "loss" in m] == [0] * 5 + [1] * 3
+    assert len({*ends[0], *ends[1]}) == 1  # both processes of both runs hold the same weights
+
+
+def tensors(folder: Path) -> dict:
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    moments = {f"{number}.{name}": t for number, of_one in state.items() for name, t in of_one.items()}
+    return load_file(folder / "model.safetensors") | moments
+
+
+def test_an_update_without_numbers_is_left_out_and_counted_and_changes_nothing(shards, tmp_path, monkeypatch):
+    poisoned.poison({3 * 8}, monkeypatch.setattr)
+    done = run(*words(shards, out := tmp_path / "run", "train.save_steps=1"))
+    assert done.returncode == 0, done.stderr
+    assert [m["skipped_updates"] for m in metrics(out) if "loss" in m] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert [m["grad_norm"] is None for m in metrics(out) if "loss" in m] == [step == 3 for step in range(8)]
+    before, after, later = (tensors(out / f"checkpoints/step-{step:06d}") for step in (3, 4, 5))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(before["model.norm.weight"], later["model.norm.weight"])
+    assert all(tensor.isfinite().all() for tensor in later.values())
+    assert summary(out)["updates_left_out"] == 1 and "64 rows counted" in summary(out)["verdict"]
+
+
+def test_too_many_take_the_run_back_without_their_data_whenever_the_host_looks(shards, tmp_path, monkeypatch):
+    poisoned.poison({4 * 8, 5 * 8, 6 * 8}, monkeypatch.setattr)
+    ends = []
+    for every in (1, 3):
+        out = tmp_path / f"run-{every}"
+        more = ("train.max_skipped=2", "train.save_steps=4", f"train.logging_steps={every}")
+        done = run(*words(shards, out, *more))
+        assert done.returncode == 0, done.stderr
+        assert "more than 2 updates skipped from step 5 on" in done.stdout
+        assert "back to step 4, and the data of steps 5 to 7 are left out (roll-back 1 of at most 3)" in done.stdout
+        ledger = json.loads((out / "ledger.json").read_text())
+        assert ledger["places_left_out"] == [[32, 56]]
+        assert ledger["verdict"].startswith("nothing lost, nothing twice: 64 rows") and proof.of_run(out)
+        steps = [m["step"] for m in metrics(out) if "loss" in m]
+        assert steps == sorted(set(steps)) and steps[-1] == STEPS
+        assert [m["rolled_back_from"] for m in metrics(out) if "rolled_back_from" in m] == [7 if every == 1 else 8]
+        ends.append(out / "final")
+    assert same_weights(*ends)
+
+
+def test_a_run_that_goes_wrong_again_and_again_stops_with_its_good_checkpoints(shards, tmp_path, monkeypatch):
+    poisoned.poison(set(range(32, 10**4, 8)), monkeypatch.setattr)
+    more = ("train.max_skipped=0", "train.max_rollbacks=2")
+    done = run(*words(shards, out := tmp_path / "run", *more))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: more than 0 updates skipped")
+    assert "after 2 roll-backs" in done.stderr and "last good checkpoint: step-000004" in done.stderr
+    saved = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert saved == ["step-000002", "step-000004"] and summary(out)["status"] == "failed"
+    kept = [path for path in (out / "intermediate").iterdir() if path.is_dir()]
+    for path in (*kept, *(out / "checkpoints").iterdir()):
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+def test_weights_that_are_no_numbers_are_never_saved(unbroken, shards, tmp_path, monkeypatch):
+    own, broken = pretrain.Trainer.step, []
+
+    def step(self, loaded):
+        update = own(self, loaded)
+        if loaded.step == 5 and not broken:
+            broken.append(next(self.model.parameters()).data[7, 3].fill_(float("inf")))
+        return update
+
+    monkeypatch.setattr(pretrain.Trainer, "step", step)
+    out = interrupted(unbroken[0], tmp_path / "run", step=4)
+    done = run(*words(shards, out))
+    assert done.returncode == 0 and "no numbers after step 6: back to step 4" in done.stdout, done.stderr
+    assert json.loads((out / "ledger.json").read_text())["places_left_out"] == [[32, 48]]
+    for path in (out / "checkpoints").iterdir():
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+def test_the_proof_is_a_command_and_finds_a_shard_that_changed(unbroken, shards, tmp_path):
+    folder, _ = unbroken
+    assert proof.of_run(folder) == summary(folder)["verdict"]
+    lines = metrics(folder)
+    next(m for m in lines if m.get("ledger") and m["step"] == 4)["rows"]["wiki.en"] -= 1
+    (changed := tmp_path / "run").mkdir()
+    for name in ("config.yaml", "checkpoints"):
+        (changed / name).symlink_to(folder / name)
+    (changed / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    with pytest.raises(UserError, match="between steps 4 and 6 .* rows of wiki.en .* trained on twice"):
+        proof.of_run(changed)
 
 
 def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(unbroken, shards, tmp_path):
@@ -273,8 +409,8 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(unbroken
 @pytest.mark.slow
 def test_portioning_a_step_does_not_change_it(unbroken, shards, tmp_path):
     whole, _ = unbroken
-    done = run(*words(shards, tmp_path / "run", "train.micro_batch_rows=8", "train.precision=fp32"))
-    small = run(*words(shards, tmp_path / "small", "train.micro_batch_rows=1", "train.precision=fp32"))
+    done = run(*words(shards, tmp_path / "run", "train.micro_batch_rows=8"))
+    small = run(*words(shards, tmp_path / "small", "train.micro_batch_rows=1"))
     assert done.returncode == small.returncode == 0, done.stderr + small.stderr
     losses = [[m["loss"] for m in metrics(tmp_path / f) if "loss" in m] for f in ("run", "small")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -300,6 +436,37 @@ def test_an_anneal_begins_at_any_checkpoint_with_its_moments_and_lets_the_rate_f
         *words(shards, tmp_path / "final", f"model.path={trunk / 'final'}", "train.max_steps=1", recipe="anneal")
     )
     assert "optimizer: begins anew" in from_final.stdout
+
+
+def test_several_anneals_branch_off_one_trunk(unbroken, shards, tmp_path):
+    """From a checkpoint by its subfolder, whose configuration has wrong ids, and with another decay and mixture."""
+    trunk, _ = unbroken
+    shutil.copytree(trunk / "checkpoints", tmp_path / "repository")
+    config = tmp_path / "repository/step-000004/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": 1, "eos_token_id": 2}))
+    base = (f"model.path={tmp_path}/repository", "model.subfolder=step-000004", "train.max_steps=3")
+    branches = {
+        "linear": ("data.sources={wiki: 1}",),
+        "root": ("data.sources={wiki: 1}", "schedule.kind=one_minus_sqrt"),
+        "notes": ("data.sources={notes: 1}",),
+    }
+    for name, more in branches.items():
+        done = run(*words(shards, tmp_path / name, *base, *more, recipe="anneal"))
+        assert done.returncode == 0, done.stderr
+        assert "has 1 as the token that a text begins with" in done.stdout
+        assert "has 2 as the token that a text ends with" in done.stdout
+        final = AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").config
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name / "final")
+        assert (final.bos_token_id, final.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        (entry,) = [e for e in json.loads((tmp_path / name / "intermediate/index.json").read_text()) if e["step"] == 3]
+        assert entry["name"].startswith("anneal-step-0000003-tokens-1536")
+    begins = [next(m for m in metrics(tmp_path / name) if "eval_loss_wiki.en" in m) for name in ("linear", "root")]
+    assert begins[0]["eval_loss_wiki.en"] == begins[1]["eval_loss_wiki.en"]
+    rates = [[m["lr"] for m in metrics(tmp_path / name) if "loss" in m] for name in ("linear", "root")]
+    assert rates[0] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert rates[1] == pytest.approx([3e-3 * (1 - math.sqrt(k / 3)) for k in range(3)])
+    assert not same_weights(tmp_path / "linear/final", tmp_path / "root/final")
+    assert not same_weights(tmp_path / "linear/final", tmp_path / "notes/final")
 
 
 def test_the_same_command_reuses_a_finished_run_and_another_is_refused(unbroken, shards):
