@@ -3,7 +3,8 @@
     data.files, or the bundled world -> find -> {"wiki": [a.jsonl, b.parquet], "books": [c.txt]}
     files -> read -> Document(text, language, source), "file:line"
 
-parquet (of which only the text column is read), jsonl (.gz, .zst), json: a record is a document. txt (.gz, .zst): a
+parquet (of which only the text column is read), jsonl (.gz, .zst), json: a record is a document; one that holds a
+conversation instead of a text is rendered as the chat template does (chat_documents.py). txt (.gz, .zst): a
 file is a document, unless it is larger than 1 MiB: then it is cut at blank lines into documents of about 64 KiB, so
 that a book or a whole corpus in one file is never in memory at once.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aquila_sft.config import TextData
-from aquila_sft.data import conversations, sources
+from aquila_sft.data import chat_documents, conversations, sources
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.errors import UserError
 
@@ -99,7 +100,7 @@ def texts_of(path: Path, text_column: str) -> Iterator[tuple[str, str | None, st
     if path.name.endswith(TXT):
         for where, content in txt_pieces(path):
             try:
-                yield where, content.decode("utf-8-sig").strip("\r\n"), None
+                yield where, chat_documents.plain(content.decode("utf-8-sig").strip("\r\n")), None
             except UnicodeDecodeError:
                 yield where, None, "text that is not UTF-8"
         return
@@ -110,7 +111,18 @@ def texts_of(path: Path, text_column: str) -> Iterator[tuple[str, str | None, st
         elif text_column in record:
             has_column = True
             text = record[text_column]
-            yield where, text, None if isinstance(text, str) else "text that is not a string"
+            is_text = isinstance(text, str)
+            yield (
+                where,
+                chat_documents.plain(text) if is_text else text,
+                None if is_text else "text that is not a string",
+            )
+        elif chat_documents.is_conversation(record):
+            has_column = True
+            try:
+                yield where, chat_documents.rendered(record), None
+            except conversations.Refused as refused:
+                yield where, None, refused.args[0]
         else:
             if not has_column:
                 objects += 1

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aquila_sft.chat_template import IM_END, IM_START
 from aquila_sft.config import ShardPolicy
+from aquila_sft.data import chat_documents
 from aquila_sft.data.documents import Document, DocumentLedger
 from aquila_sft.data.shards import PartWriter
 from aquila_sft.errors import UserError
@@ -52,6 +54,8 @@ class Encoder:
         self.bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         self.eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.unknown = tokenizer.unk_token_id
+        chat_ids = [tokenizer.get_added_vocab().get(text) for text in (IM_START, IM_END)]
+        self.chat_ids = None if None in chat_ids else chat_ids
         special_ids = {token["id"] for token in state["added_tokens"] if token["special"]} - {self.unknown}
         if special_ids & set(self.ids_of(["".join(f" {text}{text}\n" for text in sorted(specials))])[0].tolist()):
             raise UserError("this tokenizer cannot encode its special tokens as text; use a byte-level one")
@@ -59,9 +63,20 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each text; empty for one that the vocabulary cannot spell."""
-        pieces = [cut(text) if self.cuts_freely else [text] for text in texts]
-        encoded = iter(self.ids_of([piece for parts in pieces for piece in parts]))
-        return [self.wrapped([next(encoded) for _ in parts]) for parts in pieces]
+        pieces = [self.pieces(text) for text in texts]
+        encoded = iter(self.ids_of([piece for parts in pieces for piece in parts if isinstance(piece, str)]))
+        return [
+            self.wrapped([next(encoded) if isinstance(piece, str) else np.array([piece], np.int32) for piece in parts])
+            for parts in pieces
+        ]
+
+    def pieces(self, text: str) -> list[str | int]:
+        """Texts that can be encoded by themselves, and between them the ids of a conversation's marks."""
+        runs = [text]
+        if chat_documents.OPEN in text:
+            ids = chat_documents.marks(self.chat_ids)
+            runs = [ids.get(run, run) for run in chat_documents.MARK.split(text) if run]
+        return [piece for run in runs for piece in (cut(run) if self.cuts_freely and isinstance(run, str) else [run])]
 
     def ids_of(self, texts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each text, of a few batches' characters at a time, so that a long one stays bounded."""
