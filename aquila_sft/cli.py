@@ -104,7 +104,7 @@ def overrides_of(words: list[str]) -> list[str]:
         if name in GROUPS and value != "null" and value not in choices(name):
             raise UserError(f"{name}={value} is not one of {', '.join(choices(name))}{nearest(value, choices(name))}")
         if name in WEIGHTS and value != "null":  # Hydra would merge: what the recipe has and the person left out stays
-            overrides += [f"~{name}", f"+{name}={value}"]
+            overrides += [f"{name}=null", f"+{name}={value}"]
         elif name == "data.files" and value[:1] + value[-1:] in ("[]", "{}"):
             as_literal = quoted if value[0] == "[" else quoted_source
             items = [as_literal(item) for item in split_items(value)]

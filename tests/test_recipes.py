@@ -172,6 +172,10 @@ def test_a_source_may_have_several_files_and_globs_their_brackets():
 
 def test_weights_on_the_command_line_replace_the_recipes_own():
     assert load("recipe=anneal", "data.sources={world: 1}").data.sources == {"world": 1}
+    assert load("recipe=anneal", "scale=135m", "data.sources={a: 1, b: 2}").data.sources == {
+        "a": 1,
+        "b": 2,
+    }  # null there
 
 
 def test_naming_one_length_unsets_the_recipes_own():
