@@ -153,19 +153,21 @@ def model_folder(path: str, revision: str | None, subfolder: str | None = None) 
         validate_repo_id(path)
     except HFValidationError:
         raise UserError(f"model.path={path!r} is neither a folder here nor a Hub id such as BAAI/Aquila-135M") from None
+    fetched = fetch(wanted_model(path, revision, subfolder))
+    return fetched / subfolder if subfolder else fetched
+
+
+def wanted_model(path: str, revision: str | None, subfolder: str | None) -> Wanted:
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
-    fetched = fetch(
-        Wanted(
-            path,
-            "model",
-            revision,
-            tuple(inside + name for name in MODEL_FILES),
-            tuple(inside + name for name in NOT_MODEL_FILES),
-            subset=subfolder,
-            hint=" (and no folder here has that name)",
-        )
+    return Wanted(
+        path,
+        "model",
+        revision,
+        tuple(inside + name for name in MODEL_FILES),
+        tuple(inside + name for name in NOT_MODEL_FILES),
+        subset=subfolder,
+        hint=" (and no folder here has that name)",
     )
-    return fetched / inside
 
 
 def commit_of(folder: Path) -> str | None:

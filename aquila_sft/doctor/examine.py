@@ -110,13 +110,13 @@ def base_of(run: PretrainRun | SftRun) -> Path | None:
         return None
     if path is None:
         raise Absent("a model of the recipe before")
-    wanted = hub.Wanted(path, "model", run.model.revision, hub.MODEL_FILES, hub.NOT_MODEL_FILES)
+    wanted = hub.wanted_model(path, run.model.revision, run.model.subfolder)
     if hub.needs_hub(path) and path.count("/") == 1 and not path.startswith((".", "~", "/", "outputs/")):
         folder = hub.cached(wanted)
         if folder is None:
             raise Absent(f"{path} from the Hub")
-        return folder
-    folder = hub.model_folder(path, run.model.revision)
+        return folder / run.model.subfolder if run.model.subfolder else folder
+    folder = hub.model_folder(path, run.model.revision, run.model.subfolder)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path} holds no model: config.json is missing")
     if not any(folder.glob("*.safetensors")):
