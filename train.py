@@ -10,7 +10,7 @@ import sys
 from aquila_sft import cli
 from aquila_sft.config import Run
 from aquila_sft.door import load
-from aquila_sft.errors import DONE, STOPPED, USER_ERROR, Stopped, UserError
+from aquila_sft.errors import DONE, STOPPED, USER_ERROR, Stopped, UserError, disk_fault
 
 
 def compose(words: list[str]):
@@ -63,6 +63,11 @@ def main(words: list[str]) -> int:
         importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if disk_fault(error) is None:
+            raise
+        print(f"error: {error}; nothing that was saved is lost, the same command goes on", file=sys.stderr)
         return USER_ERROR
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"stopped: {stop or 'Ctrl-C'}", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, whatever kills the process or the machine.
 
-A checkpoint folder is written under another name, every file is flushed to the disk, MANIFEST.json (path, size, sha256
-of each file, and what the caller adds) goes in last, then one rename makes it visible. Whatever kills the process, a
-folder with a manifest that verifies is whole; anything else is not a checkpoint.
+    .writing-000500/     every file is written, then MANIFEST.json: path, size and sha256 of each, and its own sha256;
+                         all files and folders are fsynced
+    step-000500/         one rename and an fsync of the parent: from here on the checkpoint survives a power cut
+    .deleting-000100/    the new one is read back; only when it verifies, an old one is renamed away and deleted
 
-    checkpoints/.writing-000500/…  --manifest, fsync, rename-->  checkpoints/step-000500/
+So a folder `step-…` is whole, or its disk is damaged. newest() takes the newest that verifies, and says what it passed
+over and why. saving.py does the writing in a thread while training goes on.
 """
 
 import contextlib
@@ -12,32 +14,75 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from aquila_sft import runtime
-from aquila_sft.errors import UserError
+from aquila_sft.errors import UserError, disk_fault
 
 MANIFEST = "MANIFEST.json"
+SPARE = 2**24  # bytes left free beside a checkpoint: configuration, vocabulary, log
+
+
+def write(parent: Path, step: int, fill: Callable[[Path], None], keep: int | None = None, **about: object) -> None:
+    """The checkpoint of `step` from what `fill` puts into a folder; of the older ones the newest stay, `keep` in all.
+
+    When it returns, a crash recovers this step or a later one. Raises UserError for what the disk refuses.
+    """
+    aside = parent / f".writing-{step:06d}"
+    with room(parent):
+        make_folder(parent)
+        try:
+            remove(aside)
+            aside.mkdir()
+            fill(aside)
+            commit(aside, folder(parent, step), step=step, **about)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint takes the room that the log needs
+            raise
+        if keep is not None:
+            keep_newest(parent, keep)
+
+
+def preflight(parent: Path, size: int) -> None:
+    """Raises UserError when the disk has no room for a checkpoint of about `size` bytes."""
+    make_folder(parent)
+    free = shutil.disk_usage(parent).free
+    if free < size + SPARE:
+        raise UserError(
+            f"no space left in {parent}: a checkpoint takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+            "nothing that was saved is lost: make room, and the same command goes on"
+        )
 
 
 @contextlib.contextmanager
 def room(path: Path) -> Iterator[None]:
-    """A full disk as one line; the libraries that write report it as errors of many kinds."""
+    """A disk that is full, read-only or failing as one line; the libraries that write report it in many ways."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" not in str(error) and shutil.disk_usage(path).free > 2**20:
+        fault = disk_fault(error)
+        if fault is None and shutil.disk_usage(path).free > SPARE:
             raise
         raise UserError(
-            f"no space left in {path}; nothing that was saved is lost: make room, and the same command goes on"
+            f"{path} cannot be written: {fault or 'no space left'}; nothing that was saved is lost: put that right, "
+            "and the same command goes on"
         ) from None
 
 
 def folder(parent: Path, step: int) -> Path:
     return parent / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def all_of(parent: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(parent.glob("step-[0-9]*"), key=step_of)
 
 
 def commit(written: Path, target: Path, **about: object) -> None:
@@ -50,7 +95,9 @@ def commit(written: Path, target: Path, **about: object) -> None:
         for f in sorted(written.rglob("*"))
         if f.is_file()
     }
-    (written / MANIFEST).write_text(json.dumps({"files": files, **about}, indent=1), encoding="utf-8")
+    manifest = json.loads(json.dumps({"files": files, **about}))  # as it will be read
+    manifest["manifest_sha256"] = digest(manifest)
+    (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*written.rglob("*"), written]:
         sync(path)
     os.rename(written, target)
@@ -60,10 +107,13 @@ def commit(written: Path, target: Path, **about: object) -> None:
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+        own, files = manifest.pop("manifest_sha256"), manifest["files"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if own != digest(manifest):
         return f"{MANIFEST} is damaged"
     for name, expected in files.items():
         file = checkpoint / name
@@ -78,7 +128,7 @@ def problem(checkpoint: Path) -> str | None:
 
 def newest(parent: Path) -> Path | None:
     """The newest checkpoint that verifies. One that does not is moved aside, with a line that says so."""
-    for candidate in sorted(parent.glob("step-[0-9]*"), key=step_of, reverse=True):
+    for candidate in reversed(all_of(parent)):
         wrong = problem(candidate)
         if wrong is None:
             return candidate
@@ -94,20 +144,50 @@ def moved_aside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"damaged-{checkpoint.name}")
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def keep_newest(parent: Path, count: int) -> None:
-    """Delete all but the newest `count`; called after a newer one was committed."""
-    for old in sorted(parent.glob("step-[0-9]*"), key=step_of)[:-count]:
-        shutil.rmtree(old)
+    """Delete all but the newest `count`, if the newest verifies as it lies on the disk."""
+    old = all_of(parent)[:-count]
+    if not old:
+        return
+    latest = all_of(parent)[-1]
+    if wrong := problem(latest):
+        runtime.say(f"checkpoint {latest.name} is damaged ({wrong}): the ones before it are kept")
+        return
+    for checkpoint in old:
+        away = checkpoint.with_name(f".deleting-{checkpoint.name}")
+        os.rename(checkpoint, away)
+        sync(parent)  # or a power cut could leave the old name on a folder that is half empty
+        shutil.rmtree(away)
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Remove what a killed process was writing."""
-    for left in parent.glob(".writing*"):
-        shutil.rmtree(left)
+    """Remove what a killed process was writing or deleting."""
+    for left in [*parent.glob(".writing*"), *parent.glob(".deleting*")]:
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """A folder whose name survives a power cut, and so its parents'."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """The old content or the new, never a part of it, also after a power cut."""
+    aside = file.with_name(f".writing-{file.name}")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    os.replace(aside, file)
+    sync(file.parent)
 
 
 def sha256(file: Path) -> str:
@@ -115,9 +195,15 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk, not from memory
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

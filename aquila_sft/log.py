@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from aquila_sft import runtime
+from aquila_sft import checkpoint, runtime
 
 
 class MetricsFile:
@@ -22,7 +22,7 @@ class MetricsFile:
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic()
         if runtime.is_main():
-            path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+            checkpoint.write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def again_from(self, step: int) -> "MetricsFile":
         """The file after the run went back to an earlier step; the time that cost counts."""

@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import yaml
 
 from aquila_sft import checkpoint, runtime
+from aquila_sft.checkpoint import digest, remove
 from aquila_sft.errors import Stopped, UserError
 
 # Settings that cannot change the weights, or that the identity holds by content instead of by name.
@@ -68,6 +68,8 @@ MADE = (
     *("checkpoints", "intermediate", "final", "adapter", "data", "tokenizer", "tensorboard"),
 )
 PREVIOUS = ".previous"  # an overwritten run waits here until the new one has begun
+DELETING = ".deleting"
+OURS = (".lock", ".writing-", "summary.json")  # may lie in a directory that no run has claimed yet
 
 
 @dataclasses.dataclass
@@ -114,14 +116,18 @@ class RunDir:
         except BaseException as error:
             if runtime.is_main():
                 status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-                self.write_summary(cfg, status, reason=str(error) or type(error).__name__)
+                with contextlib.suppress(OSError):  # on a disk that takes nothing the error itself is what matters
+                    self.write_summary(cfg, status, reason=str(error) or type(error).__name__)
             raise
 
     def begin(self) -> None:
         """Every check has passed: from now on this directory is this run's, and an overwritten one is gone."""
         claim = read_json(self.path / "identity.json")
         write_json(self.path / "identity.json", claim | {"has_begun": True})
-        shutil.rmtree(self.path / PREVIOUS, ignore_errors=True)
+        remove(self.path / DELETING)
+        if (self.path / PREVIOUS).is_dir():  # gone with one rename: a half deleted run must not come back
+            os.rename(self.path / PREVIOUS, self.path / DELETING)
+            remove(self.path / DELETING)
 
     def set_aside(self) -> None:
         (self.path / PREVIOUS).mkdir()
@@ -157,7 +163,7 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
         run.restore()  # a start that was killed before it began
         previous = read_json(run.path / "identity.json")
         if previous is None:
-            strangers = [p.name for p in run.path.iterdir() if p.name not in (".lock", "summary.json")]
+            strangers = [p.name for p in run.path.iterdir() if not p.name.startswith(OURS)]
             if strangers:
                 raise UserError(
                     f"{run.path} is not empty and not a run directory (it holds {strangers[0]}); "
@@ -171,13 +177,12 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
             else:
                 raise UserError(refusal(run.path, previous["identity"], identity))
         if not run.is_finished():
-            (run.path / "config.yaml").write_text(
-                yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
-            write_json(run.path / "env.json", environment())
             has_begun = bool(previous and previous["sha256"] == digest(identity) and previous["has_begun"])
             claim = {"sha256": digest(identity), "has_begun": has_begun, "identity": identity}
-            write_json(run.path / "identity.json", claim)
+            write_json(run.path / "identity.json", claim)  # first: a directory with other files and no claim is no run
+            settings = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)
+            checkpoint.write_text(run.path / "config.yaml", settings)
+            write_json(run.path / "env.json", environment())
         try:
             yield run
         except BaseException:
@@ -185,16 +190,9 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
             raise
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def make_folder(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(path)
         (path / ".lock").touch()
     except OSError as error:
         raise UserError(f"output_dir={path} cannot be written: {error.strerror}; choose another") from None
@@ -250,10 +248,6 @@ def plain(cfg: Any) -> dict:
         return v.value if isinstance(v, enum.Enum) else v
 
     return dataclasses.asdict(cfg, dict_factory=lambda pairs: {k: value(v) for k, v in pairs})
-
-
-def digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def files_sha256(files: list[Path]) -> str:
@@ -323,10 +317,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all, also when the process is killed while writing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, ensure_ascii=False, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
+    checkpoint.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -13,11 +13,12 @@ from aquila_sft.errors import UserError
 
 
 def write(parent, step, text="weights"):
-    aside = parent / f".writing-{step}"
-    (aside / "sub").mkdir(parents=True)
-    (aside / "model.bin").write_text(text * 100)
-    (aside / "sub/state.json").write_text("{}")
-    checkpoint.commit(aside, checkpoint.folder(parent, step), step=step)
+    def fill(folder):
+        (folder / "sub").mkdir()
+        (folder / "model.bin").write_text(text * 100)
+        (folder / "sub/state.json").write_text("{}")
+
+    checkpoint.write(parent, step, fill)
     return checkpoint.folder(parent, step)
 
 
@@ -60,9 +61,12 @@ def test_what_was_never_committed_is_no_checkpoint_and_is_cleared(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed: No space left")])
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("error", [OSError(28, FULL), RuntimeError(f"failed: {FULL}")])
 def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(tmp_path, error):
-    with pytest.raises(UserError, match="no space left in .*; nothing that was saved is lost"):
+    with pytest.raises(UserError, match=f"cannot be written: {FULL}; nothing that was saved is lost"):
         with checkpoint.room(tmp_path):
             raise error
     with pytest.raises(RuntimeError, match="shape"):
