@@ -157,11 +157,14 @@ def correct_marks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         setattr(model.config, name, right)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without remote code or pickle."""
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict | None = None) -> None:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without remote code or pickle.
+
+    `weights`: a copy of model.state_dict() to write instead of the model's own.
+    """
     model.config.use_cache = True  # training turned it off; generation wants it
     model.generation_config.eos_token_id = stop_ids(tokenizer)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     save_tokenizer(tokenizer, folder)
     state_rope_theta(folder)
 

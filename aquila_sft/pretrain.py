@@ -30,6 +30,7 @@ from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import Stopped, UserError
 from aquila_sft.guard import Guard
 from aquila_sft.log import Bar, MetricsFile
+from aquila_sft.saving import Saver
 
 OPTIMIZER = "optimizer.pt"  # tensors and numbers only: read with weights_only=True
 STATE = "state.json"
@@ -75,6 +76,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.tokenizer, self.loader, self.plan = cfg, tokenizer, loader, loader.plan
         self.checkpoints, self.intermediate = folder / "checkpoints", folder / "intermediate"
+        self.saver = Saver(self.checkpoints, cfg.train.keep_checkpoints)
         self.metrics, self.stop, self.evaluation, self.eval_steps = metrics, stop, evaluation, eval_steps
         self.accelerator = Accelerator(
             cpu=choices.device == "cpu", mixed_precision="bf16" if choices.precision is Precision.bf16 else "no"
@@ -113,6 +115,7 @@ class Trainer:
         step = first_step
         while step < self.plan.steps:
             step = self.train(step)
+        self.saver.finish()
         self.stop.finish_step = False
         return self.metrics.read()
 
@@ -154,6 +157,7 @@ class Trainer:
                     self.save(done)
                 window.began += time.perf_counter() - paused
                 if stopped:
+                    self.saver.finish()
                     bar.close()
                     raise Stopped(f"{self.stop.name}; step {done} of {last_step} is saved, the same command goes on")
         return last_step
@@ -272,17 +276,16 @@ class Trainer:
         self.write(step, ledger=ledger.hash, rows=dict(zip(names, ledger.rows.tolist(), strict=True)))
         target = checkpoint.folder(self.checkpoints, step)
         if runtime.is_main() and not target.exists():
-            aside = self.checkpoints / f".writing-{step:06d}"
-            with checkpoint.room(self.checkpoints.parent):
-                models.save(self.model, self.tokenizer, aside)
-                torch.save(self.optimizer.state_dict(), aside / OPTIMIZER)
-                state = self.state(step)
-                (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
-                checkpoint.commit(aside, target, **state)
-            if self.cfg.train.keep_checkpoints is not None:
-                checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
-        if runtime.world_size() > 1:
-            dist.barrier()
+            state = self.state(step)
+
+            def fill(folder: Path, copy: dict) -> None:
+                models.save(self.model, self.tokenizer, folder, copy["model"])
+                torch.save(copy["optimizer"], folder / OPTIMIZER)
+                (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+                checkpoint.sync(self.metrics.path)
+
+            taken = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            self.saver.save(step, taken, fill, **{k: v for k, v in state.items() if k != "step"})
 
     def state(self, step: int) -> dict:
         """All that going on needs beside weights and moments; under 1 KiB, whatever the run has read."""
@@ -362,6 +365,7 @@ class Trainer:
 
     def newest_checkpoint(self) -> Path | None:
         """The same answer in every process; the main one looks, and moves damaged ones aside."""
+        self.saver.wait()
         found = [checkpoint.newest(self.checkpoints) if runtime.is_main() else None]
         if runtime.world_size() > 1:
             dist.broadcast_object_list(found)

@@ -141,6 +141,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.group: object = None
         self.finish_step = False
         self.previous: dict = {}
 
@@ -160,3 +161,19 @@ class StopSignal:
             raise Stopped(f"{name}; the same command goes on from what is saved")
         self.name = name
         os.write(2, f"\n{name}: finishing the step and writing a checkpoint …\n".encode())
+
+    def agreed(self) -> bool:
+        """Whether any process has had a signal; asked at the end of every step, the same answer in all of them.
+
+        The processes ask over their CPUs: what a GPU still has in its queue is not waited for.
+        """
+        if world_size() == 1:
+            return self.name is not None
+        import torch
+        import torch.distributed as dist
+
+        self.group = self.group or dist.new_group(backend="gloo")
+        number = torch.tensor(signal.Signals[self.name] if self.name else 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        self.name = signal.Signals(number.item()).name if number else None
+        return self.name is not None

@@ -4,13 +4,18 @@ What is overridden, and why:
     compute_loss      one loss definition: sum over supervised tokens / their count over micro-batches and processes
     create_scheduler  schedule.py: a first step that moves, a last one that is not wasted
     evaluate          by language (evaluate.py)
-    _save_checkpoint  complete or absent (checkpoint.py)
+    _get_grad_norm    kept for the guard, which leaves out an update that is no number (guard.py)
+    _save_checkpoint  complete or absent (checkpoint.py), written while training goes on (saving.py)
     log               metrics.jsonl
 
 The data set that the Trainer sees is the list of places of the run, 0, 1, 2, …; the collator turns places into packed
-rows (RowOrder, PackedRows). So the order is a pure function of the seed, going on is exact, and costs nothing.
+rows (RowOrder, PackedRows). So the order is a pure function of the seed, going on is exact, and costs nothing. The
+same holds for chance (dropout): its generator is seeded anew for every step, so there is no state of it to restore.
 """
 
+import copy
+import hashlib
+import json
 import math
 import os
 import time
@@ -20,22 +25,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from aquila_sft import checkpoint, runtime, schedule, swap
+from aquila_sft import model as models
 from aquila_sft.config import KernelChoice, Precision, SftRun
 from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import UserError
+from aquila_sft.guard import Guard
 from aquila_sft.log import Bar, MetricsFile
-from aquila_sft.model import state_rope_theta
 from aquila_sft.plan import Plan
+from aquila_sft.saving import Saver
 from aquila_sft.tokenizer import save_tokenizer
+
+MAX_SKIPPED = 3  # updates left out, each forgiven after ten good ones; one more, and the run stops
+GUARD = "guard.json"
 
 
 def arguments(cfg: SftRun, plan: Plan, choices: Choices, folder: Path) -> SFTConfig:
@@ -107,6 +117,7 @@ class SftTrainer(SFTTrainer):
     ) -> None:
         self.cfg, self.plan, self.metrics, self.evaluation = cfg, plan, metrics, evaluation
         self.checkpoints = folder / "checkpoints"
+        self.saver = Saver(self.checkpoints, cfg.train.keep_checkpoints)
         order = RowOrder(len(rows), cfg.seed, plan.end)
         super().__init__(
             model=model,
@@ -122,6 +133,9 @@ class SftTrainer(SFTTrainer):
                 f"{runtime.world_size()} processes were launched, but this one trains in a world of "
                 f"{self.args.world_size}: they would train apart (README, 'Launching')"
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError("FSDP and DeepSpeed are not supported here: each process holds the whole model (DDP)")
+        self.guard = Guard(spike_sigma=0, max_skipped=MAX_SKIPPED, device=self.args.device)
         # after TRL installed its own fused head
         swap.install(self.model, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
         self.remove_callback(PrinterCallback)
@@ -143,6 +157,29 @@ class SftTrainer(SFTTrainer):
             targets=swap.targets_of(inputs["labels"]),
         ).loss
         return loss_sum / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
+
+    def leave_out(self, step: int, loss_before: torch.Tensor) -> None:
+        """Weights, moments and the summed loss stay as they were when this step's gradients are no numbers.
+
+        Gradients are reduced before, so all processes find the same; nobody waits for the device.
+        """
+        norm = torch.as_tensor(self.grad_norm, device=self.args.device)
+        bad = self.guard.judge(norm, norm, step)
+        self.optimizer.optimizer.found_inf = bad  # the fused kernel's own way, as GradScaler uses it
+        self._tr_loss.copy_(torch.where(bad > 0, loss_before, self._tr_loss))
+
+    def check_guard(self) -> None:
+        if (crossed := int(self.guard.crossed)) >= 0:
+            good = checkpoint.newest(self.checkpoints) if runtime.is_main() else None
+            raise UserError(
+                f"more than {MAX_SKIPPED} updates were left out by step {crossed + 1}: their gradients are no numbers; "
+                f"lower optim.lr={self.cfg.optim.lr} or look at the data; last good checkpoint: "
+                f"{good.name if good else 'none'}"
+            )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
@@ -168,40 +205,43 @@ class SftTrainer(SFTTrainer):
         Trainer.log(self, logs, start_time)  # TRL's adds entropy and accuracy, which cost logits
 
     def _save_checkpoint(self, model, trial):
-        """The Trainer writes into a folder aside; what it wrote is then committed under its real name.
+        """Instead of the Trainer's: the same files, which its own code loads again, from a copy of the state."""
+        self.check_guard()
+        if not runtime.is_main():
+            return
+        step, guard = self.state.global_step, self.guard.state()
+        of_model, state = self.model.state_dict(), copy.deepcopy(self.state)
+        if self.cfg.lora:
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            of_model = {name: tensor for name, tensor in of_model.items() if name in trained}
 
-        Called with every process; a non-finite loss stops the run before it can replace a good checkpoint.
-        """
-        self.narrator.check_finite(self._tr_loss, self.state.global_step)
-        step = self.state.global_step
-        self.aside = self.checkpoints / f".writing-{step:06d}"
-        with checkpoint.room(self.checkpoints):
-            Trainer._save_checkpoint(self, model, trial)  # not TRL's: that writes a model card first
-            barrier()
-            if runtime.is_main():
-                self.commit(self.aside / f"checkpoint-{step}", step)
-                self.aside.rmdir()
-                checkpoint.keep_newest(self.checkpoints, self.cfg.train.keep_checkpoints)
-        barrier()
+        def fill(folder: Path, taken: dict) -> None:
+            if self.cfg.lora:
+                self.model.save_pretrained(folder, state_dict=taken["model"], save_embedding_layers=False)
+                save_tokenizer(self.processing_class, folder)
+            else:
+                models.save(self.model, self.processing_class, folder, taken["model"])
+            torch.save(taken["optimizer"], folder / OPTIMIZER_NAME)
+            torch.save(taken["scheduler"], folder / SCHEDULER_NAME)
+            state.save_to_json(folder / TRAINER_STATE_NAME)
+            (folder / GUARD).write_text(json.dumps(guard), encoding="utf-8")
+            checkpoint.sync(self.metrics.path)
 
-    def commit(self, written: Path, step: int) -> None:
-        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        save_tokenizer(self.processing_class, written)
-        state_rope_theta(written)
-        target = checkpoint.folder(self.checkpoints, step)
-        checkpoint.commit(written, target, step=step, places=step * self.plan.rows_per_step)
+        taken = {
+            "model": of_model,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+        self.saver.save(step, taken, fill, places=step * self.plan.rows_per_step)
 
-    def _get_output_dir(self, trial):
-        return str(getattr(self, "aside", self.checkpoints))
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several, without the patterns that sums of them would have."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 def collate(places: list[dict], *, rows: PackedRows, order: RowOrder, length: int, pad_id: int) -> dict:
     return rows.batch([order(p["place"]) for p in places], length, pad_id)
-
-
-def barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 class Narrator(TrainerCallback):
@@ -212,7 +252,6 @@ class Narrator(TrainerCallback):
         self.order = RowOrder(order.num_rows, order.seed, order.end)  # its own: the loader's runs ahead
         self.row_tokens = row_tokens
         self.tokens = self.counted_steps = 0
-        self.loss = math.nan
         self.bar: Bar | None = None
 
     def count_to(self, step: int) -> int:
@@ -225,61 +264,64 @@ class Narrator(TrainerCallback):
         return self.tokens
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
-        self.shown_steps = state.global_step
+        self.logged_step, self.skipped = state.global_step, int(self.trainer.guard.skipped)
         self.last_time, self.last_tokens = time.monotonic(), self.count_to(state.global_step)
+        if self.evaluates(state.global_step) or state.global_step == 0:
+            logged = self.trainer.metrics.read()
+            if not any(m["step"] == state.global_step and "loss" not in m for m in logged):
+                self.trainer.evaluate()  # the first one, or one that a signal left for later
         self.bar = Bar(state.max_steps, state.global_step)
+
+    def evaluates(self, step: int) -> bool:
+        """In the middle of a run; before and after it there is always an evaluation."""
+        every = self.trainer.cfg.train.eval_steps
+        return bool(every) and step % every == 0 and step < self.trainer.plan.steps
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        torch.manual_seed(seed_of(args.seed, state.global_step, runtime.rank()))
+        self.loss_before = self.trainer._tr_loss.clone()
+
+    def on_pre_optimizer_step(self, args, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.trainer.leave_out(state.global_step, self.loss_before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         self.bar.step(1)
-        every = self.trainer.cfg.train.eval_steps
-        control.should_evaluate = bool(every) and state.global_step % every == 0 and state.global_step < state.max_steps
+        control.should_evaluate = self.evaluates(state.global_step)
         control.should_log |= state.global_step == state.max_steps
-        if self.asked_to_stop(state.global_step, args.logging_steps):
+        if self.stop.agreed():
             control.should_save = control.should_training_stop = True
-
-    def asked_to_stop(self, step: int, every: int) -> bool:
-        """The same answer in every process: asked together, at logging steps only, because asking synchronises."""
-        if runtime.world_size() == 1:
-            return self.stop.name is not None
-        if step % every:
-            return False
-        asked = torch.tensor(float(self.stop.name is not None), device=self.trainer.args.device)
-        dist.all_reduce(asked)
-        return bool(asked)
+            control.should_evaluate = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_) -> None:
         metrics = self.trainer.metrics
         if "loss" in logs:
-            self.loss = logs["loss"]
-            self.check_finite(torch.tensor(self.loss), state.global_step)
+            self.trainer.check_guard()
+            skipped, steps = int(self.trainer.guard.skipped), state.global_step - self.logged_step
+            made = steps - (skipped - self.skipped)  # updates; the Trainer divided by steps
+            loss = None if not made else logs["loss"] if made == steps else logs["loss"] * steps / made
+            norm = logs.get("grad_norm")
             tokens, now = self.count_to(state.global_step), time.monotonic()
             tokens_per_s = (tokens - self.last_tokens) / (now - self.last_time)
             metrics.write(
                 step=state.global_step,
                 tokens=tokens,
-                loss=self.loss,
+                loss=loss,
                 lr=logs["learning_rate"],
-                grad_norm=logs.get("grad_norm"),
+                grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+                skipped_updates=skipped,
                 tokens_per_s=round(tokens_per_s, 1),
                 peak_memory_bytes=peak_memory_bytes(),
                 seconds=round(metrics.seconds(), 2),
             )
             self.last_time, self.last_tokens = now, tokens
-            self.bar.show(self.loss, tokens_per_s)
+            self.logged_step, self.skipped = state.global_step, skipped
+            self.bar.show(math.nan if loss is None else loss, tokens_per_s)
         elif evaluated := {k: v for k, v in logs.items() if k.startswith("eval_")}:
             metrics.write(
                 step=state.global_step,
                 tokens=self.count_to(state.global_step),
                 seconds=round(metrics.seconds(), 2),
                 **evaluated,
-            )
-
-    def check_finite(self, loss: torch.Tensor, step: int) -> None:
-        if not torch.isfinite(loss).all():
-            good = checkpoint.newest(self.trainer.checkpoints)
-            raise UserError(
-                f"the loss is {loss.item()} at step {step}; lower optim.lr={self.trainer.cfg.optim.lr} or look at "
-                f"the data; last good checkpoint: {good.name if good else 'none'}"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:

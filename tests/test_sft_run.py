@@ -179,58 +179,6 @@ def test_changed_data_are_another_configuration(unbroken, world, tmp_path):
     assert refused.returncode == 2 and "data: " in refused.stderr
 
 
-def kill_when(process, ready, timeout=90):
-    """kill -9 as soon as ready() is true; False when the process was quicker."""
-    end = time.monotonic() + timeout
-    while process.poll() is None and time.monotonic() < end:
-        if ready():
-            process.kill()
-            process.wait()
-            return True
-        time.sleep(0.002)
-    process.wait(timeout)
-    return False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
-def test_kill_9_at_any_moment_ends_bitwise_where_the_unbroken_run_ends(unbroken, world, tmp_path, recipe):
-    out = tmp_path / "run"
-    checkpoints = out / "checkpoints"
-    chance = random.Random(recipe)
-    moments = [
-        lambda: (out / ".preparing-data").exists() or (out / "data").exists(),  # in preparation
-        lambda: any(checkpoints.glob(".writing-*/checkpoint-*/*.safetensors")),  # inside the first checkpoint
-        lambda: any(checkpoints.glob("step-*")),  # right after one
-        lambda: any(checkpoints.glob(".writing-*/*/MANIFEST.json")) or chance.random() < 0.001,
-        lambda: (checkpoints / "step-000006").exists(),  # trained, not yet saved
-    ]
-    killed = 0
-    for ready in moments:
-        with subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *words(world, out, recipe=recipe)],
-            env=ENV,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            killed += kill_when(process, ready)
-        if summary_status(out) == "done":
-            break
-    done = run(words(world, out, recipe=recipe))
-    assert killed >= 3 and done.returncode == 0, done.stderr
-    folder, _ = unbroken[recipe]
-    assert same_weights(folder / "final", out / "final")
-    if recipe == "sft_lora":
-        assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
-            out / "adapter/adapter_model.safetensors"
-        ).read_bytes()
-    drop = ("seconds", "tokens_per_s", "peak_memory_bytes")
-    assert [{k: v for k, v in m.items() if k not in drop} for m in metrics(folder)] == [
-        {k: v for k, v in m.items() if k not in drop} for m in metrics(out)
-    ]
-    assert not list(checkpoints.glob(".writing*"))
-
-
 def summary_status(folder):
     try:
         return summary(folder)["status"]
@@ -317,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(world, tmp_path):
             world, tmp_path / "run", f"model.path={tmp_path / 'base'}", "train.precision=fp32", "optim.max_grad_norm=0"
         )
     )
-    assert done.returncode == 2 and re.search(r"error: the loss is (nan|inf) at step \d", done.stderr), done.stderr
+    assert done.returncode == 2 and "more than 3 updates were left out by step 4" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and summary(tmp_path / "run")["status"] == "failed"
     assert not list((tmp_path / "run/checkpoints").glob("step-*")), "a checkpoint of broken weights was written"
 

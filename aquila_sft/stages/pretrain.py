@@ -163,7 +163,8 @@ def train(
             runtime.say(f"  optimizer: {'the moments of ' + str(base) if has_moments else 'begins anew'}")
         if runtime.is_main():
             out.begin()
-        logged = trainer.run(done_steps)
+        with trainer.saver:
+            logged = trainer.run(done_steps)
     if runtime.is_main():
         ledger = write_ledger(cfg, prepared, trainer, out)
         with checkpoint.room(out.path):

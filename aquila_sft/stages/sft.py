@@ -114,7 +114,7 @@ def train(
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
     from aquila_sft.schedule import remarks
-    from aquila_sft.trainer import SftTrainer
+    from aquila_sft.trainer import GUARD, SftTrainer
 
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     transformers.utils.logging.set_verbosity_error()  # model.load says what does not fit, in one line
@@ -160,14 +160,16 @@ def train(
         stop=stop,
         evaluation=evaluation,
     )
+    if newest:
+        trainer.guard.restore(run_dir.read_json(newest / GUARD))
     asked = cfg.train.attention is not Attention.auto
     attention = swap.settle(net, choices.device, autocast(), asked=asked)
     if runtime.is_main():
         out.begin()
     stop.finish_step = True
-    if newest is None and held_back:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    with trainer.saver:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        trainer.saver.finish()
     if trainer.state.global_step < plan.steps:
         raise Stopped(
             f"{stop.name} at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in "
@@ -209,9 +211,12 @@ def train(
 
 def make_model(cfg: SftRun, inputs: Inputs, choices: "Choices", tokenizer) -> tuple:
     """(model, its parameters, how many of model and adapter are trained); with LoRA the model wears its adapter."""
+    import torch
+
     from aquila_sft import lora, swap
     from aquila_sft import model as models
 
+    torch.manual_seed(cfg.seed)  # rows that the embedding grows by are drawn, and not in a checkpoint of an adapter
     net = (
         models.load(inputs.base, attention=choices.attention)
         if inputs.base
@@ -239,7 +244,11 @@ def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
 
     gate = {}
     if cfg.lora:
-        net.save_pretrained(out.path / "adapter", save_embedding_layers=False)
+        aside = out.path / ".writing-adapter"
+        shutil.rmtree(aside, ignore_errors=True)
+        net.save_pretrained(aside, save_embedding_layers=False)
+        shutil.rmtree(out.path / "adapter", ignore_errors=True)
+        checkpoint.commit(aside, out.path / "adapter", recipe=cfg.recipe)
         net, difference = lora.merge(net, tokenizer, cfg.lora, cfg.tokenizer.system)
         gate = {"merge_difference": difference}
         runtime.say(
