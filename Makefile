@@ -24,6 +24,9 @@ test: install    ## every test that needs no GPU (AQUILA_REAL_DATA=<folder> adds
 test-fast: install  ## the same without those that take more than a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' $(TWO_AT_ONCE)
 
+chaos: install   ## kill -9 a hundred times at any instant, in all recipes of training, and compare; prints the score
+	$(BIN)/python tests/chaos.py 100
+
 lint: install    ## ruff
 	$(BIN)/ruff check .
 
@@ -37,4 +40,4 @@ gpu: install     ## on a machine with a GPU: correctness, kernel table, throughp
 clean:           ## remove caches and the virtual environment; runs under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
 
-.PHONY: help install demo test test-fast lint bench gpu clean
+.PHONY: help install demo test test-fast chaos lint bench gpu clean

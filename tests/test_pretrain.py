@@ -223,23 +223,6 @@ def test_rows_hold_every_token_once_and_restart_positions_at_documents(tmp_path)
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_end_bitwise_where_the_unbroken_run_ends(unbroken, shards, tmp_path):
-    whole, _ = unbroken
-    out = tmp_path / "run"
-    process = warm.Process(words(shards, out), env=ENV)
-    while not (out / "checkpoints/step-000004").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    assert not (out / "final").exists()
-    again = run(*words(shards, out))
-    assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
-    assert same_weights(out / "final", whole / "final")
-    pairs = zip(metrics(out), metrics(whole), strict=True)
-    assert all(a.get("loss") == b.get("loss") and a["step"] == b["step"] for a, b in pairs)
-
-
-@pytest.mark.slow
 def test_sigterm_saves_the_step_and_exits_with_3(shards, tmp_path):
     out = tmp_path / "run"
     more = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9")
