@@ -59,6 +59,8 @@ class Saver:
     def finish(self) -> None:
         """wait(), in all processes of the run: when one of them ends, its launcher ends the others."""
         self.wait()
+        if self.keep is not None and runtime.is_main():
+            checkpoint.keep_newest(self.parent, self.keep)  # a kill in the last rotation left one too many
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 

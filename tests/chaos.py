@@ -41,7 +41,7 @@ class World:
         self.folder = folder
         tokenizer = tiny_tokenizer(folder / "tok")
         tiny_model(folder / "base", tokenizer)
-        write_jsonl(folder / "chat.jsonl", tiny_conversations(20))
+        write_jsonl(folder / "chat.jsonl", tiny_conversations(30))
         for name, lines in (
             ("en", [line for line in SENTENCES if line.isascii()]),
             ("zh", [line for line in SENTENCES if not line.isascii()]),
@@ -103,6 +103,7 @@ class World:
                 "data.files": self.folder / "chat.jsonl",
                 "train.max_steps": "null",
                 "train.num_epochs": 2.5,
+                "data.holdout_fraction": 0.3,
             }
         return [f"{key}={value}" for key, value in words.items()]
 
