@@ -34,6 +34,12 @@ class KernelChoice(enum.StrEnum):
     torch = "torch"
 
 
+class Executor(enum.StrEnum):
+    processes = "processes"
+    datatrove = "datatrove"
+    slurm = "slurm"
+
+
 class ScheduleKind(enum.StrEnum):
     cosine = "cosine"
     linear = "linear"
@@ -186,17 +192,68 @@ class Bpe:
 
 
 @dataclass(kw_only=True)
-class ShardPolicy:
-    """How documents are written as shards."""
+class CleanPolicy:
+    """What is no text to train on."""
 
+    min_bytes: int = MISSING  # shorter documents are left out
+    min_letters: float = MISSING  # share of letters and digits among what is not blank, at least
+    max_repeated: float = MISSING  # share of characters in long lines that stood before in the document, at most
+
+    def check(self) -> None:
+        at_least("prepare.clean", self, 0, "min_bytes")
+        within("prepare.clean", self, 0.0, 1.0, "min_letters")
+        within("prepare.clean", self, 0.0, 1.0, "max_repeated")
+
+
+@dataclass(kw_only=True)
+class SlurmJobs:
+    """What a cluster gives one task of prepare.executor=slurm."""
+
+    partition: str = MISSING
+    time: str = MISSING  # as Slurm writes it: 12:00:00
+    cpus_per_task: int = MISSING
+    mem_per_cpu_gb: int = MISSING
+    at_once: int | None = None  # tasks of a step that run at the same time; null: as many as Slurm lets
+    setup: str | None = None  # a shell line before each task, as in `source .venv/bin/activate`
+    sbatch: dict[str, str] = field(default_factory=dict)  # further options, {account: mine, qos: normal}
+
+
+@dataclass(kw_only=True)
+class PreparePolicy:
+    """How documents become shards."""
+
+    clean: CleanPolicy = MISSING
+    near_duplicates: float | None = (
+        None  # documents this alike (Jaccard, 5-grams) are copies; null: only equal ones are
+    )
+    decontaminate: str | None = None  # folder of benchmark items; null: nothing is checked
+    ngram_words: int = MISSING  # that a document shares with an item of a benchmark
+    ngram_characters: int = MISSING  # the same for Chinese items
     shard_tokens: int = MISSING  # a shard is closed at the first document end after so many
     holdout_fraction: float = MISSING  # documents held back for evaluation, by hash of their content
     holdout_max_bytes: int = MISSING  # of text, at most, for each source and language
+    slice_mb: float = MISSING  # of input: what one process works on at a time, and loses when it is killed
+    workers: int | None = None  # processes; null: one for each core
+    executor: Executor = MISSING
+    tasks: int | None = None  # datatrove, slurm: of each step; null: as many as there are workers
+    slurm: SlurmJobs | None = None
 
     def check(self) -> None:
+        self.clean.check()
         at_least("prepare", self, 1, "shard_tokens")
         at_least("prepare", self, 0, "holdout_max_bytes")
         within("prepare", self, 0.0, 0.5, "holdout_fraction")
+        if self.near_duplicates is not None:
+            within("prepare", self, 0.6, 1.0, "near_duplicates")
+        at_least("prepare", self, 5, "ngram_words", "ngram_characters")
+        if self.slice_mb <= 0:
+            raise UserError(f"prepare.slice_mb={self.slice_mb} must be more than 0")
+        at_least("prepare", self, 1, *[n for n in ("workers", "tasks") if getattr(self, n) is not None])
+        if self.executor is Executor.slurm and (self.slurm is None or self.tasks is None):
+            raise UserError(
+                "prepare.executor=slurm needs prepare.tasks= and prepare.slurm={partition: …, time: …, "
+                "cpus_per_task: …, mem_per_cpu_gb: …}; recipes/cluster/prepare_slurm.sh is an example"
+            )
 
 
 @dataclass(kw_only=True)
@@ -386,7 +443,7 @@ class TokenizerRun(Run):
 class PrepareRun(Run):
     tokenizer: Tokenizer = MISSING
     data: TextData = MISSING
-    prepare: ShardPolicy = MISSING
+    prepare: PreparePolicy = MISSING
 
     def check(self) -> None:
         super().check()

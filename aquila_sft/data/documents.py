@@ -37,16 +37,53 @@ class Document:
 class DocumentLedger(Ledger):
     """What was read, kept, held back and left out of a set of documents, by language, source and reason."""
 
-    def add(self, document: Document, tokens: int, text_bytes: int, held_back: bool) -> None:
-        for counter in (self.languages[document.language], self.sources[document.source]):
-            counter["held_back" if held_back else "kept"] += 1
-            counter["tokens"] += tokens
-            counter["text_bytes"] += text_bytes
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: collections.Counter = (
+            collections.Counter()
+        )  # (source, language, reason, "documents" | "text_bytes")
+
+    def refuse(self, reason: str, language: str, source: str, where: str, text_bytes: int = 0) -> None:
+        super().refuse(reason, language, source, where)
+        self.dropped[source, language, reason, "documents"] += 1
+        self.dropped[source, language, reason, "text_bytes"] += text_bytes
+
+    def add(self, shard: dict, *, held_back: bool) -> None:
+        """The documents of a shard, as text_set.plan describes it."""
+        for counter in (self.languages[shard["language"]], self.sources[shard["source"]]):
+            counter["held_back" if held_back else "kept"] += shard["documents"]
+            counter["tokens"] += shard["tokens"]
+            counter["text_bytes"] += shard["text_bytes"]
 
     def as_dict(self) -> dict:
-        report = super().as_dict() | {"text_bytes": self.total("text_bytes")}
+        dropped: dict = {}
+        for (source, language, reason, unit), number in sorted(self.dropped.items()):
+            dropped.setdefault(source, {}).setdefault(language, {}).setdefault(reason, {})[unit] = number
+        report = super().as_dict() | {"text_bytes": self.total("text_bytes"), "left_out_by_source": dropped}
         of_conversations = ("shortened", "answer_tokens", "answer_tokens_cut")
         return {key: value for key, value in report.items() if key not in of_conversations}
+
+    def state(self) -> dict:
+        """All of it as JSON, for merge()."""
+        return {
+            "read": self.read,
+            "languages": self.languages,
+            "sources": self.sources,
+            "left_out": self.left_out,
+            "examples": self.examples,
+            "dropped": [[*key, number] for key, number in self.dropped.items()],
+        }
+
+    def merge(self, state: dict) -> None:
+        """Add what another ledger's state() counted of documents that come after those counted here."""
+        self.read += state["read"]
+        for name in ("languages", "sources", "left_out"):
+            for key, counts in state[name].items():
+                getattr(self, name)[key].update(counts)
+        for reason, places in state["examples"].items():
+            self.examples[reason] = [*self.examples[reason], *places][:3]
+        for *key, number in state["dropped"]:
+            self.dropped[tuple(key)] += number
 
 
 def find(data: TextData, world_folder: Path, *, for_vocabulary: bool = False) -> dict[str, list[Path]]:
@@ -77,12 +114,19 @@ def read(files: dict[str, list[Path]], text_column: str, refuse: Refuse) -> Iter
     """
     for source, paths in files.items():
         for path in paths:
-            for where, text, problem in texts_of(path, text_column):
-                if problem is None and not (problem := problem_of(text)):
-                    yield Document(text, conversations.language(text), source), where
-                else:
-                    known = isinstance(text, str)
-                    refuse(problem, conversations.language(text) if known else "unknown", source, where)
+            yield from of_file(source, path, text_column, refuse)
+
+
+def of_file(
+    source: str, path: Path, text_column: str, refuse: Refuse, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[Document, str]]:
+    """The documents of a file, or of a part of it, see sources.read."""
+    for where, text, problem in texts_of(path, text_column, begin, end):
+        if problem is None and not (problem := problem_of(text)):
+            yield Document(text, conversations.language(text), source), where
+        else:
+            known = isinstance(text, str)
+            refuse(problem, conversations.language(text) if known else "unknown", source, where)
 
 
 def problem_of(text: str) -> str | None:
@@ -95,7 +139,9 @@ def problem_of(text: str) -> str | None:
     return None
 
 
-def texts_of(path: Path, text_column: str) -> Iterator[tuple[str, str | None, str | None]]:
+def texts_of(
+    path: Path, text_column: str, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[str, str | None, str | None]]:
     """(where, text, None), or (where, None or text, why it is no document)."""
     if path.name.endswith(TXT):
         for where, content in txt_pieces(path):
@@ -104,8 +150,8 @@ def texts_of(path: Path, text_column: str) -> Iterator[tuple[str, str | None, st
             except UnicodeDecodeError:
                 yield where, None, "text that is not UTF-8"
         return
-    has_column, columns, objects = False, collections.Counter(), 0
-    for where, record in sources.read(path, text_column):
+    has_column, columns, objects = begin > 0, collections.Counter(), 0  # the first part of a file tells
+    for where, record in sources.read(path, text_column, begin, end):
         if record is None:
             yield where, None, "not a JSON object"
         elif text_column in record:

@@ -44,7 +44,7 @@ class ShardWriter:
     def __init__(self, path: Path, *, vocab_size: int, tokenizer_sha256: str, source: str, language: str) -> None:
         self.path, self.aside = path, path.with_name(f".writing-{path.name}")
         self.vocab_size = vocab_size
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.dtype = token_dtype(vocab_size)
         self.header = {
             "dtype": self.dtype.name,
             "vocab_size": vocab_size,
@@ -322,6 +322,10 @@ class Prepared:
         if (part.tokens, part.documents, part.shards[0].header["tokenizer_sha256"]) != expected:
             raise UserError(f"{name}: the shards in {self.folder} are not those of its {checkpoint.MANIFEST}; {AGAIN}")
         return part
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def aligned(size: int, to: int) -> int:

@@ -35,28 +35,38 @@ def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     return files
 
 
-def read(file: Path, column: str | None = None) -> Iterator[tuple[str, dict | None]]:
+def read(
+    file: Path, column: str | None = None, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[str, dict | None]]:
     """Records of one file with their places. Raises UserError for a file that cannot be read at all.
 
     column: the one that is wanted; a parquet file's others are not even decoded.
+    begin, end: a part of the file: row groups of parquet, bytes of lines, of which those count that begin there.
     """
     try:
         if file.name.endswith(".parquet"):
-            yield from read_parquet(file, column)
+            yield from read_parquet(file, column, begin, end)
         elif file.name.endswith(".json"):
             yield from read_array(file)
         else:
-            yield from read_lines(file)
+            yield from read_lines(file, begin, end)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
-def read_lines(file: Path) -> Iterator[tuple[str, dict | None]]:
+def read_lines(file: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, dict | None]]:
     with open_bytes(file) as stream:
+        at = begin
+        if begin:  # the line that began before belongs to the part before
+            stream.seek(begin - 1)
+            at += len(stream.readline()) - 1
         # Bytes are split at \n only: str.splitlines would also split at U+0085 and U+2028 inside a record.
         for number, line in enumerate(stream, 1):
+            if end is not None and at >= end:
+                return
             if line.strip():
-                yield f"{file}:{number}", parsed(line)
+                yield f"{file}:byte {at}" if begin else f"{file}:{number}", parsed(line)
+            at += len(line)
 
 
 def parsed(line: bytes) -> dict | None:
@@ -98,7 +108,9 @@ def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
         yield f"{file}:{number}", record if isinstance(record, dict) else None
 
 
-def read_parquet(file: Path, column: str | None = None) -> Iterator[tuple[str, dict | None]]:
+def read_parquet(
+    file: Path, column: str | None = None, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[str, dict | None]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -106,8 +118,10 @@ def read_parquet(file: Path, column: str | None = None) -> Iterator[tuple[str, d
         table = pyarrow.parquet.ParquetFile(file)
         if column is not None and column not in table.schema_arrow.names:
             column = None
-        number = 0
-        for batch in table.iter_batches(batch_size=1000, columns=None if column is None else [column]):
+        groups = range(begin, table.num_row_groups if end is None else end)
+        number = sum(table.metadata.row_group(group).num_rows for group in range(begin))
+        columns = None if column is None else [column]
+        for batch in table.iter_batches(batch_size=1000, row_groups=groups, columns=columns):
             for record in rows_of(batch):
                 number += 1
                 yield f"{file}:{number}", record

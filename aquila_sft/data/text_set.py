@@ -1,18 +1,17 @@
-"""Documents become shards on disk.
+"""Documents become ids, and ids become shards.
 
-    documents -> batches -> ids, on all cores, while the next ones are read -> train/ and held-back/<source>.<language>/
+    documents -> batches -> ids, while the next ones are read -> IdsWriter: <source>.<language>.ids and .npy of a slice
+    the .npy of all slices -> plan: which documents are held back, where every shard begins and ends
+    a shard's place in the plan -> write_shard
 
-Documents are streamed: what is in memory is a few batches, and the hashes of those that fell to the held-back share.
-The same documents in the same order give the same bytes. Nothing leaves without a line in the ledger.
+In memory is a batch of documents, or the sizes of one slice's. The same documents in the same order give the same
+bytes.
 """
 
 import collections
-import contextlib
-import hashlib
 import itertools
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,17 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft.chat_template import IM_END, IM_START
-from aquila_sft.config import ShardPolicy
+from aquila_sft.config import PreparePolicy
 from aquila_sft.data import chat_documents
-from aquila_sft.data.documents import Document, DocumentLedger
-from aquila_sft.data.shards import PartWriter
+from aquila_sft.data.documents import Document
+from aquila_sft.data.shards import ShardWriter, token_dtype
 from aquila_sft.errors import UserError
 
-FORMAT = 1  # raise it when a change here changes the shards
+FORMAT = 2  # raise it when a change here, in clean.py or duplicates.py changes the shards
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 4096  # what is tokenized in one call
 PIECE_CHARACTERS = 2**19  # longer documents are tokenized in pieces: an Encoding takes about 100 bytes a token
 
 Placed = tuple[Document, str]  # a document, and "file:line"
+# What is known of a document beside its ids; number: the first 64 bits of its text's sha256.
+DOCUMENT = np.dtype([("tokens", "<u4"), ("text_bytes", "<u8"), ("number", "<u8")])
 
 
 class Encoder:
@@ -114,94 +115,134 @@ def cut(text: str) -> list[str]:
 LINE_START = re.compile(r"\n(?=[^\W_])")
 
 
-class HoldBack:
-    """Which documents are kept from training: by the hash of their content, so the order of files hardly matters.
+class IdsWriter:
+    """The ids of a slice's documents: for each source and language one file of ids and one of DOCUMENT records."""
 
-    The first document of a part is never held back, nor more than `holdout_max_bytes` of a part. What is held back
-    in one part is trained on in none: a copy is left out. Memory: the hashes of the documents below the threshold.
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder, self.dtype = folder, token_dtype(vocab_size)
+        self.files: dict[str, tuple] = {}
+
+    def __enter__(self) -> "IdsWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        for part, (file, records) in self.files.items():
+            file.close()
+            if kind is None:
+                np.save(self.folder / f"{part}.npy", np.array(records, dtype=DOCUMENT))
+
+    def add(self, part: str, ids: np.ndarray, text_bytes: int, number: int) -> None:
+        if part not in self.files:
+            self.files[part] = (open(self.folder / f"{part}.ids", "wb"), [])
+        file, records = self.files[part]
+        file.write(ids.astype(self.dtype).tobytes())
+        records.append((len(ids), text_bytes, number))
+
+
+def plan(slices: list[Path], policy: PreparePolicy) -> dict[str, dict]:
+    """{"train/wiki.zh/00000.shard": {source, language, documents, tokens, text_bytes, spans}, "held-back/…": …}.
+
+    spans: [slice, first document, document behind the last] of that part.
+    """
+    parts: dict[str, PartPlan] = {}
+    for number, folder in enumerate(slices):
+        for path in sorted(folder.glob("*.npy")):
+            part = parts.setdefault(path.stem, PartPlan(path.stem, policy))
+            part.add(number, np.load(path))
+    return dict(sorted((name, shard) for part in parts.values() for name, shard in part.shards.items()))
+
+
+class PartPlan:
+    """One source and language, slice by slice.
+
+    A shard is closed at the first document end after shard_tokens. Held back are documents by the hash of their
+    content, so the order of files hardly matters; never the first of a part, and no more than holdout_max_bytes.
     """
 
-    def __init__(self, policy: ShardPolicy) -> None:
-        self.threshold = int(policy.holdout_fraction * 2**64)
-        self.max_bytes = policy.holdout_max_bytes
-        self.bytes: collections.Counter = collections.Counter()
-        self.held: set[int] = set()
-        self.trained: set[int] = set()  # those below the threshold
-        self.begun: set[str] = set()
+    def __init__(self, name: str, policy: PreparePolicy) -> None:
+        self.name, self.shard_tokens = name, policy.shard_tokens
+        self.threshold, self.room = int(policy.holdout_fraction * 2**64), policy.holdout_max_bytes
+        self.shards: dict[str, dict] = {}
+        self.open: dict[str, dict] = {}  # use -> the shard that is being filled
+        self.count: collections.Counter = collections.Counter()  # of shards, by use
 
-    def folder(self, part: str, text: bytes) -> str | None:
-        """train or held-back; None for a copy of what is held back."""
-        number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
-        if number < self.threshold:
-            if number in self.held:
-                return None
-            has_room = self.bytes[part] + len(text) <= self.max_bytes
-            if part in self.begun and has_room and number not in self.trained:
-                self.held.add(number)
-                self.bytes[part] += len(text)
-                return "held-back"
-            self.trained.add(number)
-        self.begun.add(part)
-        return "train"
+    def add(self, number: int, documents: np.ndarray) -> None:
+        held = self.held_back(documents)
+        for use, chosen in (("train", ~held), ("held-back", held)):
+            for begin, end in runs(chosen):
+                sizes = np.cumsum(documents["tokens"][begin:end], dtype=np.int64)
+                done = 0  # documents of the run
+                while done < end - begin:
+                    shard = self.open.get(use) or self.new(use)
+                    before = int(sizes[done - 1]) if done else 0
+                    last = int(np.searchsorted(sizes, before + self.shard_tokens - shard["tokens"]))
+                    stop = min(last + 1, end - begin)
+                    shard["documents"] += stop - done
+                    shard["tokens"] += int(sizes[stop - 1]) - before
+                    shard["text_bytes"] += int(documents["text_bytes"][begin + done : begin + stop].sum())
+                    shard["spans"].append([number, begin + done, begin + stop])
+                    if shard["tokens"] >= self.shard_tokens:
+                        del self.open[use]
+                    done = stop
+
+    def held_back(self, documents: np.ndarray) -> np.ndarray:
+        held = np.zeros(len(documents), dtype=bool)
+        if self.threshold:
+            for i in np.flatnonzero(documents["number"] < self.threshold).tolist():
+                size = int(documents["text_bytes"][i])
+                is_first = i == 0 and not self.shards
+                if size <= self.room and not is_first:
+                    held[i] = True
+                    self.room -= size
+        return held
+
+    def new(self, use: str) -> dict:
+        source, _, language = self.name.rpartition(".")
+        shard = {"source": source, "language": language, "documents": 0, "tokens": 0, "text_bytes": 0, "spans": []}
+        self.open[use] = self.shards[f"{use}/{self.name}/{self.count[use]:05d}.shard"] = shard
+        self.count[use] += 1
+        return shard
 
 
-def write(
-    found: Iterable[Placed],
-    folder: Path,
-    encoder: Encoder,
-    policy: ShardPolicy,
-    ledger: DocumentLedger,
-    *,
-    vocab_size: int,
-    tokenizer_sha256: str,
-) -> dict[str, dict[str, dict]]:
-    """{"train": {"wiki.zh": figures}, "held-back": {…}}; figures name the shards, relative to `folder`.
+def runs(chosen: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
-    Texts are brought into NFC, as the published vocabulary has them; sizes in bytes are those of NFC.
-    """
-    about = {"vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
-    hold_back = HoldBack(policy)
-    with contextlib.ExitStack() as stack:
-        writers: dict[tuple[str, str], PartWriter] = {}
-        for document, where, ids in tokenized(found, encoder):
-            content = document.text.encode()
-            part = f"{document.source}.{document.language}"
-            if not len(ids):
-                ledger.refuse("text that the vocabulary cannot spell", document.language, document.source, where)
-                continue
-            use = hold_back.folder(part, content)
-            if use is None:
-                ledger.refuse("copy of a held-back document", document.language, document.source, where)
-                continue
-            if (use, part) not in writers:
-                writers[use, part] = stack.enter_context(
-                    PartWriter(
-                        folder / use / part,
-                        shard_tokens=policy.shard_tokens,
-                        source=document.source,
-                        language=document.language,
-                        **about,
-                    )
-                )
-            writers[use, part].add(ids, len(content))
-            ledger.add(document, len(ids), len(content), use == "held-back")
+
+def write_shard(path: Path, slices: list[Path], shard: dict, *, vocab_size: int, tokenizer_sha256: str) -> None:
+    """One shard of a plan."""
+    part = f"{shard['source']}.{shard['language']}"
+    about = {"source": shard["source"], "language": shard["language"], "tokenizer_sha256": tokenizer_sha256}
+    dtype, opened = token_dtype(vocab_size), -1
+    with ShardWriter(path, vocab_size=vocab_size, **about) as writer:
+        for number, begin, end in shard["spans"]:
+            if number != opened:
+                documents, opened = np.load(slices[number] / f"{part}.npy"), number
+                ends = np.cumsum(documents["tokens"], dtype=np.int64)
+                starts = ends - documents["tokens"]
+                file = slices[number] / f"{part}.ids"
+            for i in range(begin, end):
+                count, offset = int(documents["tokens"][i]), int(starts[i]) * dtype.itemsize
+                writer.add(np.fromfile(file, dtype, count, offset=offset), int(documents["text_bytes"][i]))
+
+
+def figures(planned: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """{"train": {"wiki.zh": figures and files}, "held-back": {…}} of a plan, for the manifest."""
     parts: dict[str, dict[str, dict]] = {"train": {}, "held-back": {}}
-    for (use, part), writer in sorted(writers.items()):
-        parts[use][part] = figures(writer, folder)
+    for name, shard in planned.items():
+        use, part, _ = name.split("/")
+        about = parts[use].setdefault(
+            part,
+            {"source": shard["source"], "language": shard["language"]}
+            | {"documents": 0, "tokens": 0, "text_bytes": 0, "bytes_per_token": 0.0, "shards": 0, "files": []},
+        )
+        for key in ("documents", "tokens", "text_bytes"):
+            about[key] += shard[key]
+        about["bytes_per_token"] = round(about["text_bytes"] / about["tokens"], 4)
+        about["shards"] += 1
+        about["files"].append(name)
     return parts
-
-
-def figures(writer: PartWriter, folder: Path) -> dict:
-    return {
-        "source": writer.about["source"],
-        "language": writer.about["language"],
-        "documents": writer.documents,
-        "tokens": writer.tokens,
-        "text_bytes": writer.text_bytes,
-        "bytes_per_token": round(writer.text_bytes / writer.tokens, 4),
-        "shards": len(writer.paths),
-        "files": [path.relative_to(folder).as_posix() for path in writer.paths],
-    }
 
 
 def tokenized(
@@ -225,13 +266,12 @@ def tokenized(
 
 
 def batches(found: Iterable[Placed]) -> Iterator[list[Placed]]:
-    """Of about as many characters each. Texts come out in NFC."""
+    """Of about as many characters each."""
     batch: list[Placed] = []
     characters = 0
     for document, where in found:
-        text = unicodedata.normalize("NFC", document.text)
-        batch.append((Document(text, document.language, document.source), where))
-        characters += len(text)
+        batch.append((document, where))
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

@@ -1,6 +1,7 @@
-"""recipe=prepare: text becomes tokenized shards, a share of it held back for evaluation.
+"""recipe=prepare: text becomes tokenized shards, without copies and benchmark items, a share of it held back.
 
-files -> tokenizer -> run directory -> documents -> shards -> final/: tokenizer/, train/, held-back/, MANIFEST.json
+files -> tokenizer -> run directory -> data/: the steps of aquila_sft/data/steps.py
+data/ -> ledger.json, final/: tokenizer/, train/, held-back/, MANIFEST.json
 """
 
 import contextlib
@@ -11,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import checkpoint, narration, prerequisites, run_dir, runtime
-from aquila_sft.config import PrepareRun
+from aquila_sft.config import Executor, PrepareRun
 from aquila_sft.data import documents
-from aquila_sft.data.documents import DocumentLedger
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
-from aquila_sft.errors import UserError
+from aquila_sft.errors import Stopped, UserError
 
 VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
-NOT_IDENTITY = ("seed", "kernel")  # nothing here is drawn or computed with them
+# Nothing here is drawn or computed with the first two; the others say who works, and on how much at a time.
+NOT_IDENTITY = ("seed", "kernel", "prepare.slice_mb", "prepare.workers", "prepare.executor", "prepare.tasks")
+NOT_IDENTITY_GROUPS = ("data.files.", "data.corpora.", "prepare.slurm")
 
 
 def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
@@ -67,18 +69,19 @@ def files_of(vocabulary: Path) -> list[Path]:
 
 def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]]) -> dict:
     """Settings and contents; the names of sources count, those of files do not."""
+    from aquila_sft.data import decontaminate
     from aquila_sft.data.text_set import FORMAT
 
     settings = {
         key: value
         for key, value in run_dir.identity_of(cfg).items()
-        if key not in NOT_IDENTITY and not key.startswith("data.files.")
+        if key not in NOT_IDENTITY and not key.startswith(NOT_IDENTITY_GROUPS)
     }
-    return (
-        settings
-        | {f"data.files.{source}": run_dir.files_sha256(paths) for source, paths in files.items()}
-        | {"vocabulary": run_dir.files_sha256(files_of(vocabulary)), "format": FORMAT}
-    )
+    contents = {f"data.files.{source}": run_dir.files_sha256(paths) for source, paths in files.items()}
+    if cfg.prepare.decontaminate:
+        items = decontaminate.read(Path(cfg.prepare.decontaminate).expanduser())
+        contents["prepare.decontaminate"] = decontaminate.sha256(items)
+    return settings | contents | {"vocabulary": run_dir.files_sha256(files_of(vocabulary)), "format": FORMAT}
 
 
 def is_whole(out: run_dir.RunDir) -> bool:
@@ -92,53 +95,51 @@ def is_whole(out: run_dir.RunDir) -> bool:
 
 
 def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[str, list[Path]]) -> None:
-    from tqdm import tqdm
-
-    from aquila_sft.data import text_set
+    from aquila_sft.data import slices, steps, text_set, workers
     from aquila_sft.tokenizer import save_tokenizer, tokenizer_sha256
 
-    aside = out.path / ".writing-final"
-    shutil.rmtree(aside, ignore_errors=True)
-    tokenizer = load_tokenizer(cfg, vocabulary, out)
-    ledger = DocumentLedger()
     begun = time.monotonic()
-    try:
-        parts = text_set.write(
-            tqdm(
-                counted(files, cfg.data.text_column, ledger),
-                unit=" documents",
-                desc="preparing",
-                mininterval=1.0,
-                leave=False,
-            ),
-            aside,
-            text_set.Encoder(tokenizer),
-            cfg.prepare,
-            ledger,
-            vocab_size=len(tokenizer),
-            tokenizer_sha256=(sha256 := tokenizer_sha256(tokenizer)),
-        )
-        report = ledger.as_dict()
-        run_dir.write_json(out.path / "ledger.json", about(files) | report)
-        if not parts["train"]:
-            raise UserError(nothing_left(report, files))
-        save_tokenizer(tokenizer, aside / "tokenizer")
-        out.begin()
-        shutil.rmtree(out.final, ignore_errors=True)
-        checkpoint.commit(
-            aside,
-            out.final,
-            recipe=cfg.recipe,
-            demo=cfg.demo,
-            tokenizer_sha256=sha256,
-            vocab_size=len(tokenizer),
-            parts=parts["train"],
-            held_back=parts["held-back"],
-            sources={source: {"licence": None, "revision": None} for source in files},
-        )
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    tokenizer = load_tokenizer(cfg, vocabulary, out)
+    sha256 = tokenizer_sha256(tokenizer)
+    slice_bytes = int(cfg.prepare.slice_mb * 2**20)
+    folder = work_folder(out, slice_bytes)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    work = steps.Work(
+        folder=folder,
+        slices=tuple(slices.cut(files, slice_bytes)),
+        policy=cfg.prepare,
+        text_column=cfg.data.text_column,
+        tokenizer=folder / "tokenizer",
+        tokenizer_sha256=sha256,
+        vocab_size=len(tokenizer),
+    )
+    if cfg.prepare.executor is Executor.processes:
+        workers.run(work, cfg.prepare)
+    elif not steps.is_done(work):
+        workers.with_datatrove(work, cfg.prepare)
+        if cfg.prepare.executor is Executor.slurm:
+            raise Stopped("the jobs are submitted; when they are done, the same command finishes")
+    parts = text_set.figures(steps.plan_of(work))
+    report = about(cfg, files, work) | steps.ledger_of(work).as_dict()
+    run_dir.write_json(out.path / "ledger.json", report)
+    if not parts["train"]:
+        raise UserError(nothing_left(report, files))
+    out.begin()
+    shutil.rmtree(out.final, ignore_errors=True)
+    shutil.copytree(folder / "tokenizer", folder / "shards" / "tokenizer", dirs_exist_ok=True)
+    checkpoint.commit(
+        folder / "shards",
+        out.final,
+        recipe=cfg.recipe,
+        demo=cfg.demo,
+        tokenizer_sha256=sha256,
+        vocab_size=len(tokenizer),
+        parts=parts["train"],
+        held_back=parts["held-back"],
+        sources={source: {"licence": None, "revision": None} for source in files},
+    )
     write_summary(cfg, out, parts, report, time.monotonic() - begun)
+    shutil.rmtree(out.path / "data")
     for name, part in parts["train"].items():
         held = parts["held-back"].get(name, {"documents": 0})["documents"]
         runtime.say(
@@ -147,6 +148,20 @@ def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[
         )
     if report["left_out"]:
         runtime.say(f"  {report['left_out']:,} of {report['read']:,} records left out for {why_left_out(report)}")
+    if not cfg.prepare.decontaminate:
+        runtime.say("  no benchmark was looked for: prepare.decontaminate=<folder of benchmark items>")
+
+
+def work_folder(out: run_dir.RunDir, slice_bytes: int) -> Path:
+    """Where the tasks of this run leave what they make, and take up again; that of other settings is deleted."""
+    identity = run_dir.read_json(out.path / "identity.json")["sha256"]
+    folder = out.path / "data" / f"{identity[:16]}-{slice_bytes}"
+    if folder.parent.is_dir():
+        for other in folder.parent.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
@@ -167,18 +182,16 @@ def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
     return tokenizer
 
 
-def counted(files: dict[str, list[Path]], text_column: str, ledger: DocumentLedger):
-    def refuse(reason: str, language: str, source: str, where: str) -> None:
-        ledger.read += 1
-        ledger.refuse(reason, language, source, where)
+def about(cfg: PrepareRun, files: dict[str, list[Path]], work) -> dict:
+    """What the ledger says beside its counts: the input, and which benchmarks were looked for."""
+    from aquila_sft.data import steps
 
-    for placed in documents.read(files, text_column, refuse):
-        ledger.read += 1
-        yield placed
-
-
-def about(files: dict[str, list[Path]]) -> dict:
-    return {"files": {s: [{"file": str(f), "bytes": f.stat().st_size} for f in paths] for s, paths in files.items()}}
+    index = steps.index_of(work)
+    read = {s: [{"file": str(f), "bytes": f.stat().st_size} for f in paths] for s, paths in files.items()}
+    return {
+        "files": read,
+        "decontaminated_against": index.figures if index else "nothing: prepare.decontaminate is not set",
+    }
 
 
 def nothing_left(report: dict, files: dict[str, list[Path]]) -> str:

@@ -1,0 +1,80 @@
+"""The input cut into slices that are worked on apart, by what the input is and never by who works on it.
+
+    {source: files} -> pieces of files -> Slice: neighbouring pieces of one source, together about slice_mb
+    Slice -> documents, in the order of the input
+
+jsonl is cut at bytes, parquet at row groups; what is compressed, a json array or a txt file is one piece. The slices in
+their order are the input in its order, so that what is made of them does not depend on their size either.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aquila_sft.data import documents
+from aquila_sft.data.documents import Document, Refuse
+from aquila_sft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """All of a file, or bytes begin … end of its lines, or row groups begin … end."""
+
+    file: str
+    begin: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    source: str
+    pieces: tuple[Piece, ...]
+
+    def documents(self, text_column: str, refuse: Refuse) -> Iterator[tuple[Document, str]]:
+        for piece in self.pieces:
+            yield from documents.of_file(self.source, Path(piece.file), text_column, refuse, piece.begin, piece.end)
+
+
+def cut(files: dict[str, list[Path]], slice_bytes: int) -> list[Slice]:
+    slices = []
+    for source, paths in files.items():
+        pieces: list[Piece] = []
+        size = 0
+        for path in paths:
+            for piece, piece_bytes in pieces_of(path, slice_bytes):
+                if pieces and size + piece_bytes > slice_bytes:
+                    slices.append(Slice(source, tuple(pieces)))
+                    pieces, size = [], 0
+                pieces.append(piece)
+                size += piece_bytes
+        slices.append(Slice(source, tuple(pieces)))
+    return slices
+
+
+def pieces_of(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
+    """Pieces of about `size` bytes where the kind of file allows, and how large each is."""
+    whole = path.stat().st_size
+    if path.suffix == ".jsonl":
+        for begin in range(0, max(whole, 1), size):
+            end = begin + size
+            yield Piece(str(path), begin, end if end < whole else None), min(whole, end) - begin
+    elif path.suffix == ".parquet":
+        yield from row_groups(path, size)
+    else:
+        yield Piece(str(path)), whole
+
+
+def row_groups(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        about = pyarrow.parquet.ParquetFile(path).metadata
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+    begin, held = 0, 0
+    for group in range(about.num_row_groups):
+        held += about.row_group(group).total_byte_size
+        if held >= size or group == about.num_row_groups - 1:
+            yield Piece(str(path), begin, group + 1), held
+            begin, held = group + 1, 0
