@@ -5,7 +5,7 @@
 
 Units are words, and single characters in Chinese, after NFKC and lower case (units.py): signs, blanks, width and case
 hide nothing. Looked for is an item's question; one that is short, or that several items share ("which of these is
-right?"), only together with one of its answers. An item is found when at least COVERED of its n-grams are in a
+right?"), only together with one of its answers, or all. An item is found when at least COVERED of its n-grams are in a
 document: a passage that a test quotes may be quoted elsewhere, half of the test item may not.
 
 What is too short to be told from ordinary language cannot be found, and is counted: see Index.figures.
@@ -128,20 +128,20 @@ def telling(units: np.ndarray) -> np.ndarray:
 
 
 def texts_of(item: Item, characters: int, *, alone: bool) -> list[tuple[np.ndarray, bool]]:
-    """(units, is Chinese) of what is looked for: the question, or question and answer; none when all is too short."""
+    """(units, is Chinese) of what is looked for; none when all is too short."""
 
     def long_enough(text: str) -> list[tuple[np.ndarray, bool]]:
         is_chinese = conversations.language(text) == "zh"
         units = telling(unit_hashes(text))
         return [(units, is_chinese)] if len(units) >= (characters if is_chinese else SHORTEST_WORDS) else []
 
-    if BLANK.search(item.question) and item.answers:  # looked for as it stands, and with each answer filled in
-        around = BLANK.split(item.question)
-        filled = [one for answer in item.answers for one in long_enough(answer.join(around))]
-        return filled + (long_enough(item.question) if alone else [])
-    if alone and (looked_for := long_enough(item.question)):
-        return looked_for
-    return [one for answer in item.answers for one in long_enough(f"{item.question}\n{answer}")]
+    looked_for = []
+    if len(around := BLANK.split(item.question)) > 1:  # with each answer filled in, and as it stands
+        looked_for = [one for answer in item.answers for one in long_enough(answer.join(around))]
+    if alone and (question := long_enough(item.question)):
+        return looked_for + question
+    answers = [*item.answers, "\n".join(item.answers)] if len(item.answers) > 1 else item.answers
+    return looked_for + [one for answer in answers for one in long_enough(f"{item.question}\n{answer}")]
 
 
 def read(folder: Path) -> list[Item]:

@@ -30,6 +30,7 @@ from aquila_sft.data.documents import Document, DocumentLedger
 from aquila_sft.data.slices import Slice
 from aquila_sft.data.units import unit_hashes
 
+ASIDE = ".writing-"  # the name of what is not whole yet begins so
 READ_CHARACTERS, READ_DOCUMENTS = 2**22, 4096  # that are in memory at once
 
 
@@ -66,7 +67,7 @@ class Step:
         if target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".writing-{target.name}-{os.uname().nodename}-{os.getpid()}")
+        aside = target.with_name(f"{ASIDE}{target.name}-{os.uname().nodename}-{os.getpid()}")
         remove(aside)
         try:
             self.make(work, task, aside)
@@ -138,7 +139,7 @@ def make_read(work: Work, task: str, folder: Path) -> None:
         for document, where in work.slices[int(task)].documents(work.text_column, refuse):
             ledger.read += 1
             text = clean.normal(document.text)
-            language = conversations.language(text)
+            language = document.language if text == document.text else conversations.language(text)
             of = unit_hashes(text) if index or keys.near else None
             problem = clean.problem(text, work.policy.clean)
             if problem is None and index and (benchmark := index(of)):
@@ -244,6 +245,10 @@ def encoder_of(work: Work) -> text_set.Encoder:
 # ---- plan, shards
 
 
+def plan_tasks(work: Work) -> list[str]:
+    return ["plan.json"]
+
+
 def make_plan(work: Work, task: str, target: Path) -> None:
     write_json(target, text_set.plan(work.of_slices("tokenize"), work.policy))
 
@@ -266,7 +271,7 @@ STEPS = (
     Step("read", slice_tasks, make_read),
     Step("match", match_tasks, make_match),
     Step("tokenize", slice_tasks, make_tokenize),
-    Step("plan", lambda work: ["plan.json"], make_plan),
+    Step("plan", plan_tasks, make_plan),
     Step("shards", shard_tasks, make_shard),
 )
 

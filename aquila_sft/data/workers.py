@@ -11,12 +11,13 @@ executor's own marks, so one may begin with any of them, and go on with another 
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from aquila_sft import runtime
 from aquila_sft.config import PreparePolicy
 from aquila_sft.data.steps import STEPS, Step, Work
-from aquila_sft.errors import UserError
+from aquila_sft.errors import Stopped, UserError
 
 
 def run(work: Work, policy: PreparePolicy) -> None:
@@ -47,6 +48,11 @@ def in_processes(step: Step, work: Work, tasks: list[str], count: int, bar) -> N
             for done in as_completed([pool.submit(step.run, work, task) for task in tasks]):
                 done.result()
                 bar.update()
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process of the step {step.name} was killed, by the system when memory ran out or by someone; the "
+                "same command goes on, with fewer prepare.workers= or a smaller prepare.slice_mb= it takes less memory"
+            ) from None
         except BaseException:  # a signal, too: what is half done is made again, nobody waits for it
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
@@ -58,6 +64,9 @@ def settle() -> None:
     """A process of our pool: one thread, and gone when its parent is."""
     one_thread()
     runtime.die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before the line above
+        raise Stopped("the run that started this process is gone")
 
 
 def one_thread() -> None:

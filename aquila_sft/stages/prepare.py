@@ -126,6 +126,8 @@ def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[
         raise UserError(nothing_left(report, files))
     out.begin()
     shutil.rmtree(out.final, ignore_errors=True)
+    for left in [folder / "shards" / checkpoint.MANIFEST, *(folder / "shards").rglob(f"{steps.ASIDE}*")]:
+        steps.remove(left)  # what a run was writing when it was killed
     shutil.copytree(folder / "tokenizer", folder / "shards" / "tokenizer", dirs_exist_ok=True)
     checkpoint.commit(
         folder / "shards",
