@@ -685,7 +685,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus,
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     rng, ends, reached = random.Random(0), [], set()
     for _ in range(40):
-        words_ = [sys.executable, "-c", KILLING, str(rng.randint(40, 260)), *command]
+        words_ = [sys.executable, "-c", KILLING, str(rng.randint(25, 110)), *command]
         done = subprocess.run(words_, env=env, capture_output=True, text=True, timeout=200)
         ends.append(done.returncode)
         reached |= {path.name for path in out.glob("data/*/*")}
@@ -693,7 +693,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus,
             break
         assert not (out / "final").exists() or shards.Prepared(out)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(ends) >= 4 and reached >= {"read", "match", "tokenize"}, (ends, reached)
+    assert len(ends) >= 3 and reached >= {"read", "match", "tokenize"}, (ends, reached)
     assert results(out) == unbroken
     assert not (out / "data").exists()
 

@@ -42,7 +42,7 @@ class Work:
     slices: tuple[Slice, ...]
     policy: PreparePolicy
     text_column: str
-    tokenizer: Path
+    encoder: Path  # text_set.Encoder.save
     tokenizer_sha256: str
     vocab_size: int
 
@@ -235,11 +235,9 @@ encoders: dict[Path, text_set.Encoder] = {}  # one a process: making it takes a 
 
 
 def encoder_of(work: Work) -> text_set.Encoder:
-    if work.tokenizer not in encoders:
-        from aquila_sft.tokenizer import load_tokenizer
-
-        encoders[work.tokenizer] = text_set.Encoder(load_tokenizer(work.tokenizer))
-    return encoders[work.tokenizer]
+    if work.encoder not in encoders:
+        encoders[work.encoder] = text_set.Encoder.load(work.encoder)
+    return encoders[work.encoder]
 
 
 # ---- plan, shards

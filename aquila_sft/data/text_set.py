@@ -50,8 +50,7 @@ class Encoder:
         for token in state["added_tokens"]:
             # Only tokens marked special can be switched off; blanks that are added tokens stay what they are.
             token["special"] = token["special"] or token["content"] in specials
-        self.backend = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
-        self.backend.encode_special_tokens = True
+        self.open(Tokenizer.from_str(json.dumps(state, ensure_ascii=False)))
         self.bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         self.eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.unknown = tokenizer.unk_token_id
@@ -61,6 +60,25 @@ class Encoder:
         if special_ids & set(self.ids_of(["".join(f" {text}{text}\n" for text in sorted(specials))])[0].tolist()):
             raise UserError("this tokenizer cannot encode its special tokens as text; use a byte-level one")
         self.cuts_freely = self.encodes_pieces_alike()
+
+    def open(self, backend) -> None:
+        self.backend = backend
+        self.backend.encode_special_tokens = True
+
+    def save(self, path: Path) -> None:
+        """For load(), which needs no transformers: a worker starts in a second."""
+        about = {name: value for name, value in vars(self).items() if name != "backend"}
+        path.write_text(json.dumps(about | {"backend": self.backend.to_str()}), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Encoder":
+        from tokenizers import Tokenizer
+
+        encoder = cls.__new__(cls)
+        about = json.loads(path.read_text("utf-8"))
+        encoder.open(Tokenizer.from_str(about.pop("backend")))
+        vars(encoder).update(about)
+        return encoder
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each text; empty for one that the vocabulary cannot spell."""

@@ -104,12 +104,13 @@ def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[
     slice_bytes = int(cfg.prepare.slice_mb * 2**20)
     folder = work_folder(out, slice_bytes)
     save_tokenizer(tokenizer, folder / "tokenizer")
+    text_set.Encoder(tokenizer).save(folder / "encoder.json")
     work = steps.Work(
         folder=folder,
         slices=tuple(slices.cut(files, slice_bytes)),
         policy=cfg.prepare,
         text_column=cfg.data.text_column,
-        tokenizer=folder / "tokenizer",
+        encoder=folder / "encoder.json",
         tokenizer_sha256=sha256,
         vocab_size=len(tokenizer),
     )
