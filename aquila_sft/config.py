@@ -34,6 +34,11 @@ class KernelChoice(enum.StrEnum):
     torch = "torch"
 
 
+class DamagedBlocks(enum.StrEnum):
+    stop = "stop"
+    leave_out = "leave_out"
+
+
 class Executor(enum.StrEnum):
     processes = "processes"
     datatrove = "datatrove"
@@ -128,6 +133,24 @@ class TextData:
 
 
 @dataclass(kw_only=True)
+class PrepareData(TextData):
+    """Without files, corpora of the Hub: as many files of each as its share of what is downloaded allows."""
+
+    corpora: dict[str, float] | None = None  # data/manifests/<name>.yaml -> weight among those of its language
+    languages: dict[str, float] | None = None  # language -> weight, of the bytes that are downloaded
+    download_gb: float | None = None  # of all corpora together, as they are on the Hub; null: all of them
+
+    def check(self) -> None:
+        super().check()
+        for key in ("corpora", "languages"):
+            for name, weight in (getattr(self, key) or {}).items():
+                if not 0 <= weight < float("inf"):
+                    raise UserError(f"data.{key}.{name}={weight} must be 0 or more")
+        if self.download_gb is not None and self.download_gb <= 0:
+            raise UserError(f"data.download_gb={self.download_gb} must be more than 0")
+
+
+@dataclass(kw_only=True)
 class Mixture:
     """Which shards are trained on, in what proportion of tokens. Weights need not add up to one."""
 
@@ -136,6 +159,7 @@ class Mixture:
     sources: dict[str, float] | None = None  # weight of each source within a language; null: in proportion
     block_rows: int = MISSING  # rows after which the mixture is exact again
     max_epochs: float = MISSING  # a source repeated more often stops the run before it begins
+    damaged_blocks: DamagedBlocks = MISSING  # of a shard: stop, or leave out the rows that touch them
     eval_bytes: int = MISSING  # held-back text that is evaluated, at most, for each source and language
 
     def check(self) -> None:
@@ -442,7 +466,7 @@ class TokenizerRun(Run):
 @dataclass(kw_only=True)
 class PrepareRun(Run):
     tokenizer: Tokenizer = MISSING
-    data: TextData = MISSING
+    data: PrepareData = MISSING
     prepare: PreparePolicy = MISSING
 
     def check(self) -> None:

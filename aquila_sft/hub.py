@@ -10,8 +10,11 @@ where no timeout reaches (name resolution, a server that drips): huggingface_hub
 HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's own and work as everywhere.
 """
 
+import dataclasses
 import errno
 import fnmatch
+import hashlib
+import json
 import os
 import queue
 import re
@@ -175,17 +178,23 @@ def commit_of(folder: Path) -> str | None:
     return next((part for part in reversed(folder.parts) if COMMIT.fullmatch(part)), None)
 
 
-def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
-    """The parquet files of one subset of data/manifests/<manifest>.yaml, at the commit it pins.
-
-    Raises UserError, one line, within 10 s unless a download began.
-    """
+def manifest_of(name: str, key: str = "data.manifest") -> dict:
+    """What data/manifests/<name>.yaml says."""
     from omegaconf import OmegaConf
 
     known = sorted(file.stem for file in MANIFESTS.glob("*.yaml"))
-    if manifest not in known:
-        raise UserError(f"data.manifest={manifest} is not one of {', '.join(known)}{nearest(str(manifest), known)}")
-    about = OmegaConf.to_container(OmegaConf.load(MANIFESTS / f"{manifest}.yaml"))
+    if name not in known:
+        raise UserError(f"{key}={name} is not one of {', '.join(known)}{nearest(str(name), known)}")
+    return OmegaConf.to_container(OmegaConf.load(MANIFESTS / f"{name}.yaml"))
+
+
+def dataset_files(manifest: str, subset: str | None, at_most_bytes: float | None = None) -> DatasetFiles:
+    """The files of one subset of data/manifests/<manifest>.yaml, at the commit it pins; of them the first by name.
+
+    at_most_bytes: no further file is taken that would exceed it, but for the first one.
+    Raises UserError, one line, within 10 s unless a download began.
+    """
+    about = manifest_of(manifest)
     subsets = about["subsets"]
     if subset not in subsets:
         raise UserError(
@@ -193,6 +202,8 @@ def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
             f"{nearest(str(subset), list(subsets))}"
         )
     wanted = Wanted(about["repo"], "dataset", about["revision"], include=tuple(subsets[subset]["files"]), subset=subset)
+    if at_most_bytes is not None:
+        wanted = dataclasses.replace(wanted, include=first_files(wanted, at_most_bytes))
     folder = fetch(wanted)
     return DatasetFiles(
         [folder / name for name in wanted.pick(names_in(folder))],
@@ -201,6 +212,27 @@ def dataset_files(manifest: str, subset: str | None) -> DatasetFiles:
         subset=subset,
         licence=about["licence"],
     )
+
+
+def first_files(wanted: Wanted, at_most_bytes: float) -> tuple[str, ...]:
+    """Names of the first files of `wanted` up to that size, asked once: later runs need no network for them."""
+    key = hashlib.sha256(repr((wanted.repo, wanted.revision, wanted.include, at_most_bytes)).encode()).hexdigest()[:16]
+    kept = cache_folder() / f"aquila-choice-{key}.json"
+    if kept.is_file():
+        return tuple(json.loads(kept.read_text("utf-8")))
+    try:
+        _, sizes = within(probe_seconds(), lambda: probe(wanted))
+    except probe_errors() as error:
+        raise wanted.refusal(why(error)) from error
+    names, total = [], 0
+    for name, size in sizes.items():
+        if names and total + size > at_most_bytes:
+            break
+        names.append(name)
+        total += size
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(names), encoding="utf-8")
+    return tuple(names)
 
 
 def fetch(wanted: Wanted) -> Path:

@@ -518,7 +518,7 @@ def test_a_txt_file_in_another_encoding_is_left_out_by_name(tmp_path, tokenizer_
 def test_missing_inputs_are_named_with_the_way_on(tmp_path, tokenizer_folder, capsys):
     given = ["recipe=prepare", f"output_dir={tmp_path}/out"]
     for command, said in (
-        ([f"tokenizer.path={tokenizer_folder}", "scale=135m"], "data.files is not set, and this scale brings no text"),
+        ([f"tokenizer.path={tokenizer_folder}", "scale=135m"], "cannot get data set mlfoundations/dclm-baseline-1.0"),
         (["scale=mini", f"tokenizer.path={tmp_path}/no"], f"tokenizer.path={tmp_path}/no: no such folder"),
         (
             ["scale=mini", "tokenizer=aquila", "tokenizer.ranks=no.tiktoken"],

@@ -38,6 +38,10 @@ AGAIN = "copy it again, or make it again with recipe=prepare"
 MOST_MAPPED = 256  # shards of a process that are mapped at once: each holds a file descriptor
 
 
+class DamagedBlock(UserError):
+    """Bytes that are not those that were written, in the tokens or document ends of a shard; the message says where."""
+
+
 class ShardWriter:
     """Writes one shard under a temporary name; leaving the context without an error makes it visible, durably."""
 
@@ -192,8 +196,21 @@ class Shard:
             raise self.damaged(self.checks_at, "the checksums")
         self.checks = np.frombuffer(checks, dtype="<u4")
 
-    def damaged(self, offset: int, what: str) -> UserError:
-        return UserError(f"{self.path} is damaged at byte {offset} ({what}); {AGAIN}")
+    def damaged(self, offset: int, what: str, kind: type[UserError] = UserError) -> UserError:
+        return kind(f"{self.path} is damaged at byte {offset} ({what}); {AGAIN}")
+
+    def damaged_tokens(self) -> list[tuple[int, int]]:
+        """[first, behind the last) token of what cannot be read: reads the whole shard. All of it without its ends."""
+        found, size = [], self.dtype.itemsize
+        for start in range(self.body_at, self.checks_at, BLOCK):
+            stop = min(start + BLOCK, self.checks_at)
+            try:
+                self.checked(start, stop)
+            except DamagedBlock:
+                if stop > self.ends_at:
+                    return [(0, self.tokens)]
+                found.append(((start - self.body_at) // size, min((stop - self.body_at) // size, self.tokens)))
+        return found
 
     def map(self) -> np.ndarray:
         """The file's bytes. Only so many shards stay mapped; what was checked of the others stays checked."""
@@ -214,7 +231,7 @@ class Shard:
         while block >= 0:
             offset = self.body_at + block * BLOCK
             if zlib.crc32(content[offset : min(offset + BLOCK, self.checks_at)]) != self.checks[block]:
-                raise self.damaged(offset, f"block {block} of {self.num_blocks}")
+                raise self.damaged(offset, f"block {block} of {self.num_blocks}", DamagedBlock)
             self.is_checked[block] = 1
             block = self.is_checked.find(0, block + 1, last)
         return content[start:stop]

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from aquila_sft import checkpoint, narration, prerequisites, run_dir, runtime
-from aquila_sft.config import Executor, PrepareRun
+from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
+from aquila_sft.config import Executor, PrepareData, PrepareRun
 from aquila_sft.data import documents
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
@@ -21,11 +21,12 @@ from aquila_sft.errors import Stopped, UserError
 VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
 # Nothing here is drawn or computed with the first two; the others say who works, and on how much at a time.
 NOT_IDENTITY = ("seed", "kernel", "prepare.slice_mb", "prepare.workers", "prepare.executor", "prepare.tasks")
-NOT_IDENTITY_GROUPS = ("data.files.", "data.corpora.", "prepare.slurm")
+NOT_IDENTITY_GROUPS = ("data.files.", "data.corpora", "data.languages", "data.download_gb", "prepare.slurm")
 
 
 def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
-    runtime.settle(offline=True)
+    from_hub = cfg.data.files is None and bool(cfg.data.corpora)
+    runtime.settle(offline=not from_hub)
     if runtime.world_size() > 1:
         raise UserError(f"recipe=prepare is one process's work; {runtime.world_size()} were launched")
     narration.opening(cfg)
@@ -33,13 +34,15 @@ def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
     vocabulary = find_vocabulary(cfg)
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.StopSignal())
-        files = documents.find(cfg.data, Path(f"outputs/{cfg.scale}/world"))
+        corpora = fetch(cfg.data) if from_hub else {}
+        files = {name: corpus.files for name, corpus in corpora.items()}
+        files = files or documents.find(cfg.data, Path(f"outputs/{cfg.scale}/world"))
         out = stack.enter_context(run_dir.opened(cfg, identity_of(cfg, vocabulary, files)))
         if out.is_finished() and is_whole(out):
             return closing(cfg, out, "is finished and of the same text and settings: reused, nothing done")
         stack.enter_context(out.recorded(cfg))
         with checkpoint.room(out.path):
-            prepare(cfg, out, vocabulary, files)
+            prepare(cfg, out, vocabulary, files, corpora)
         closing(cfg, out, "done")
 
 
@@ -94,7 +97,33 @@ def is_whole(out: run_dir.RunDir) -> bool:
     return True
 
 
-def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[str, list[Path]]) -> None:
+def fetch(data: PrepareData) -> dict[str, hub.DatasetFiles]:
+    """The corpora of data.corpora, as many files of each as its share of data.download_gb allows."""
+    weights = {name: weight for name, weight in data.corpora.items() if weight}
+    manifests = {name: hub.manifest_of(name, "data.corpora") for name in weights}
+    language_of = {name: about["language"] for name, about in manifests.items()}
+    weight_of = {language: (data.languages or {}).get(language, 0.0) for language in set(language_of.values())}
+    total = sum(weight_of.values())
+    fetched = {}
+    for name, weight in weights.items():
+        language = language_of[name]
+        beside = sum(w for other, w in weights.items() if language_of[other] == language)
+        share = weight_of[language] / total * weight / beside if total else 0.0
+        if share:
+            at_most = None if data.download_gb is None else share * data.download_gb * 1e9
+            fetched[name] = hub.dataset_files(name, manifests[name]["default_subset"], at_most)
+    if not fetched:
+        raise UserError(f"data.corpora={data.corpora} and data.languages={data.languages} leave no corpus")
+    return fetched
+
+
+def prepare(
+    cfg: PrepareRun,
+    out: run_dir.RunDir,
+    vocabulary: Path,
+    files: dict[str, list[Path]],
+    corpora: dict[str, hub.DatasetFiles],
+) -> None:
     from aquila_sft.data import slices, steps, text_set, workers
     from aquila_sft.tokenizer import save_tokenizer, tokenizer_sha256
 
@@ -139,7 +168,11 @@ def prepare(cfg: PrepareRun, out: run_dir.RunDir, vocabulary: Path, files: dict[
         vocab_size=len(tokenizer),
         parts=parts["train"],
         held_back=parts["held-back"],
-        sources={source: {"licence": None, "revision": None} for source in files},
+        sources={
+            source: {"licence": None, "revision": None}
+            | ({"licence": c.licence, "revision": c.revision, "repo": c.repo} if (c := corpora.get(source)) else {})
+            for source in files
+        },
     )
     write_summary(cfg, out, parts, report, time.monotonic() - begun)
     shutil.rmtree(out.path / "data")
