@@ -28,7 +28,7 @@ FREE_TEXT = (
 )
 INTERNAL = ("stage", "demo", "scale_is_explicit", "words")
 CHECKED = ("tokenizer", "prepare", "pretrain", "anneal", "sft", "sft_lora")  # what recipe=check looks at
-WEIGHTS = ("data.languages", "data.sources")
+WEIGHTS = ("data.languages", "data.sources", "data.corpora")
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
 USAGE = """\

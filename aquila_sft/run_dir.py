@@ -45,6 +45,7 @@ NOT_IDENTITY = {
     "data.subset",
     "data.shards",
     "data.eval_bytes",
+    "data.damaged_blocks",
     "model.path",
     "model.revision",
     "model.subfolder",

@@ -445,10 +445,12 @@ def test_an_unknown_manifest_or_subset_names_the_choices(manifest, subset, messa
 
 
 @pytest.mark.parametrize("file", sorted(hub.MANIFESTS.glob("*.yaml")), ids=lambda f: f.stem)
-def test_a_manifest_pins_a_commit_and_names_files_and_rows(file):
+def test_a_manifest_pins_a_commit_where_one_is_known_and_names_files_and_rows(file):
     import yaml
 
     about = yaml.safe_load(file.read_text("utf-8"))
-    assert hub.COMMIT.fullmatch(about["revision"]) and about["licence"] and about["gated"] in (True, False)
+    assert about["revision"] is None or hub.COMMIT.fullmatch(about["revision"])
+    assert about["licence"] and about["gated"] in (True, False, None) and about["columns"]
+    assert about.get("default_subset", next(iter(about["subsets"]))) in about["subsets"]
     for name, subset in about["subsets"].items():
         assert isinstance(name, str) and subset["files"] and set(subset) == {"files", "rows"}

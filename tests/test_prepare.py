@@ -2,12 +2,12 @@
 
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import warm
 import zstandard
 from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 
 import train
+from aquila_sft import hub
 from aquila_sft.config import CleanPolicy
 from aquila_sft.data import clean, conversations, documents, shards, steps, text_set
 from aquila_sft.data.documents import Document
@@ -682,11 +684,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus,
     """kill -9 after so many file operations, then once more from there, until it comes through: every step is hit."""
     out = tmp_path / "out"
     command = corpus_words(corpus, tokenizer_folder, out)
+    (tmp_path / "killing.py").write_text(KILLING)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     rng, ends, reached = random.Random(0), [], set()
     for _ in range(40):
-        words_ = [sys.executable, "-c", KILLING, str(rng.randint(25, 110)), *command]
-        done = subprocess.run(words_, env=env, capture_output=True, text=True, timeout=200)
+        done = warm.run([rng.randint(25, 110), *command], script=tmp_path / "killing.py", env=env)
         ends.append(done.returncode)
         reached |= {path.name for path in out.glob("data/*/*")}
         if done.returncode != -signal.SIGKILL:
@@ -705,14 +707,12 @@ def test_a_killed_worker_stops_the_run_a_killed_run_its_workers_and_the_same_com
     command = corpus_words(corpus, tokenizer_folder, out, "prepare.workers=2")
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     for whom in ("worker", "run"):
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *command], env=env, stderr=subprocess.PIPE, text=True
-        )
+        run = warm.Process(command, env=env)
         workers = wait_for(lambda pid=run.pid: children(pid, "spawn_main"))
         os.kill(workers[0] if whom == "worker" else run.pid, signal.SIGKILL)
-        said = run.communicate(timeout=100)[1]
+        run.wait(timeout=100)
         if whom == "worker":
-            assert run.returncode == 2 and "a process of the step read was killed" in said
+            assert run.returncode == 2 and "a process of the step read was killed" in run.stderr
         else:
             assert run.returncode == -signal.SIGKILL
         wait_for(lambda pids=workers: not any(Path(f"/proc/{pid}").exists() for pid in pids))
@@ -786,3 +786,85 @@ def test_real_text_of_both_languages_with_the_published_vocabulary(tmp_path):
     for part in made.parts.values():
         assert 3 < part.text_bytes / part.tokens < 5, part.name
         assert part.read(0, 1)[0][0] == 151_849 and part.read(part.tokens - 1, part.tokens)[0][0] == 151_850
+
+
+def test_corpora_share_what_is_downloaded_by_language_and_then_by_weight(monkeypatch):
+    asked = {}
+
+    def dataset_files(name, subset, at_most_bytes):
+        asked[name] = (subset, at_most_bytes)
+        return hub.DatasetFiles([], name, "0" * 40, subset, "cc")
+
+    monkeypatch.setattr(hub, "dataset_files", dataset_files)
+    stage = importlib.import_module("aquila_sft.stages.prepare")
+    given = ["recipe=prepare", "scale=135m", "tokenizer.path=x"]
+    assert set(stage.fetch(train.compose_run(given).data)) == set(asked) and set(asked) == {
+        "dclm_baseline",
+        "fineweb_edu",
+        "smollm_corpus",
+        "cci3_hq",
+    }
+    assert sum(size for _, size in asked.values()) == pytest.approx(50e9)
+    assert asked["cci3_hq"] == ("all", pytest.approx(15e9))
+    assert asked["smollm_corpus"] == ("cosmopedia-v2", pytest.approx(7e9))
+    asked.clear()
+    words = ["data.languages={en: 1, zh: 1}", "data.corpora={fineweb_edu: 3, cci3_hq: 1}", "data.download_gb=2"]
+    stage.fetch(train.compose_run([*given, *words]).data)
+    assert asked == {"fineweb_edu": ("sample-10BT", 1e9), "cci3_hq": ("all", 1e9)}
+    with pytest.raises(UserError, match="data.corpora=nothere is not one of .*cci3_hq"):
+        stage.fetch(train.compose_run([*given, "data.corpora={nothere: 1}"]).data)
+    with pytest.raises(UserError, match="leave no corpus"):
+        stage.fetch(train.compose_run([*given, "data.languages={fr: 1}"]).data)
+
+
+def test_the_first_files_up_to_a_size_are_chosen_and_asked_for_once(monkeypatch, tmp_path):
+    sizes = {f"data/{i}.jsonl": 10 for i in range(5)}
+    monkeypatch.setattr(hub, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(hub, "probe", lambda wanted: ("0" * 40, sizes))
+    wanted = hub.Wanted("a/b", "dataset", None, ("data/*",))
+    assert hub.first_files(wanted, 35) == ("data/0.jsonl", "data/1.jsonl", "data/2.jsonl")
+    assert hub.first_files(wanted, 1) == ("data/0.jsonl",)
+    monkeypatch.setattr(hub, "probe", None)
+    assert hub.first_files(wanted, 35) == ("data/0.jsonl", "data/1.jsonl", "data/2.jsonl")
+
+
+def test_slurm_is_told_every_step_in_order_with_what_the_recipe_says(tmp_path, monkeypatch, corpus, tokenizer_folder):
+    """The example's settings reach datatrove; jobs are submitted, nothing is waited for, the same command finishes."""
+    executors = pytest.importorskip(
+        "datatrove.executor", reason="datatrove is not installed: pip install -e '.[corpus]'"
+    )
+    made = []
+
+    class Submitted:
+        def __init__(self, pipeline, **about):
+            self.step, self.about = pipeline[0].step, about
+            made.append(self)
+
+        def run(self):
+            ready = []
+            job = self
+            while job is not None:
+                ready, job = [job, *ready], job.about["depends"]
+            assert ready == made
+            for job in ready:  # what the nodes would do, task by task
+                for rank in range(job.about["tasks"]):
+                    list(datatrove_step.DatatroveStep(job.step, works[0]).run(rank=rank, world_size=job.about["tasks"]))
+
+    from aquila_sft.data import datatrove_step, workers
+
+    works = []
+    real = workers.with_datatrove
+    monkeypatch.setattr(workers, "with_datatrove", lambda work, policy: works.append(work) or real(work, policy))
+    monkeypatch.setattr(executors, "SlurmPipelineExecutor", Submitted)
+    example = (ROOT / "recipes/cluster/prepare_slurm.sh").read_text()
+    (slurm,) = re.findall(r"(prepare\.slurm=)'([^']*)'", example)
+    command = corpus_words(
+        corpus, tokenizer_folder, tmp_path / "out", "prepare.executor=slurm", "prepare.tasks=3", "".join(slurm)
+    )
+    assert train.main(command) == 3
+    assert [job.step for job in made] == ["index", "read", "match", "tokenize", "plan", "shards"]
+    about = made[1].about
+    assert (about["partition"], about["time"], about["workers"]) == ("cpu", "24:00:00", 128)
+    assert about["env_command"] == "source .venv/bin/activate" and about["skip_completed"] is False
+    assert train.main(command) == 0 and len(made) == 6
+    assert Prepared(tmp_path / "out").parts

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from aquila_sft import checkpoint
-from aquila_sft.data import shards
+from aquila_sft.data import shards, text_rows
 from aquila_sft.data.shards import BLOCK, Part, PartWriter, Prepared, Shard, ShardWriter, verify
+from aquila_sft.data.text_rows import TextRows
 from aquila_sft.errors import UserError
 
 ABOUT = {"vocab_size": 70_000, "tokenizer_sha256": "f" * 64, "source": "wiki", "language": "zh"}
@@ -183,6 +184,37 @@ def test_a_damaged_block_costs_only_what_lies_in_it_and_is_told_every_time(large
         with pytest.raises(UserError, match="block 1 of"):
             shard.read(start, stop)
     np.testing.assert_array_equal(shard.read(2 * in_a_block, 2 * in_a_block + 9), stream[2 * in_a_block :][:9])
+
+
+@pytest.mark.parametrize("place", ["token", "end"])
+def test_rows_that_touch_a_damaged_block_are_blank_by_option_and_known_beforehand(large, tmp_path, place):
+    path, _ = large
+    whole, length = TextRows(Part("a", [path, path]), 100), 100
+    content, shard = bytearray(path.read_bytes()), Shard(path)
+    content[shard.body_at + BLOCK + 5 if place == "token" else shard.checks_at - 3] ^= 4
+    (tmp_path / "copy.shard").write_bytes(content)
+    strict, lenient = (
+        TextRows(Part("a", [path, tmp_path / "copy.shard"]), length, leave_out_damaged=leave_out)
+        for leave_out in (False, True)
+    )
+    unreadable = set()
+    for row in range(len(whole)):
+        try:
+            text_rows.batch([(strict, row)], length, 0)
+        except shards.DamagedBlock as error:
+            assert "copy.shard is damaged at byte" in str(error)
+            unreadable.add(row)
+            assert (text_rows.batch([(lenient, row)], length, 0)["targets"] == text_rows.IGNORE).all()
+        else:
+            left, right = (text_rows.batch([(rows, row)], length, 0) for rows in (whole, lenient))
+            assert all((left[key] == right[key]).all() for key in left)
+    in_a_block = BLOCK // 4
+    assert len(unreadable) >= (in_a_block if place == "token" else shard.tokens) // length
+    damaged = lenient.damaged()
+    assert set(damaged) == unreadable and not whole.damaged()
+    assert sum(damaged.values()) == length * len(unreadable) - (len(whole) - 1 in damaged) * (
+        -whole.part.tokens % length
+    )
 
 
 def test_a_block_is_checked_once(large, monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from aquila_sft import runtime
-from aquila_sft.config import PretrainRun
+from aquila_sft.config import DamagedBlocks, PretrainRun
 from aquila_sft.data import mixture, text_rows
 from aquila_sft.data.consumed import Consumed
 from aquila_sft.data.mixture import MixtureOrder
@@ -80,7 +80,10 @@ class Loader:
             cfg.data.languages,
             cfg.data.sources,
         )
-        parts = {name: TextRows(prepared.parts[name], cfg.train.max_length) for name in shares}
+        leave_out = cfg.data.damaged_blocks is DamagedBlocks.leave_out
+        parts = {
+            name: TextRows(prepared.parts[name], cfg.train.max_length, leave_out_damaged=leave_out) for name in shares
+        }
         rows = {name: len(of_part) for name, of_part in parts.items()}
         order = MixtureOrder(rows, shares, block_rows=cfg.data.block_rows, seed=cfg.seed, stage=cfg.recipe)
         plan = Plan(cfg.train, sum(rows.values()), device, is_smoke=cfg.debug == "smoke")

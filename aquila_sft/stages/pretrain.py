@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import Attention, KernelChoice, Precision, PretrainRun
+from aquila_sft.config import Attention, DamagedBlocks, KernelChoice, Precision, PretrainRun
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.errors import UserError
 from aquila_sft.inputs import BASE_FILES
@@ -103,11 +103,14 @@ def train(
     plan, order = loader.plan, loader.order
     told = ", ".join(f"{name} {share:.1%}" for name, share in order.shares().items())
     runtime.say(f"  mixture: {told} (shares of rows)")
+    leave_out = cfg.data.damaged_blocks is DamagedBlocks.leave_out
     held_back = {
-        name: TextRows(part, cfg.train.max_length)
+        name: TextRows(part, cfg.train.max_length, leave_out_damaged=leave_out)
         for name, part in prepared.held_back.items()
         if name in order.parts and cfg.data.eval_bytes
     }
+    read = dict(zip(order.parts, loader.parts, strict=True))
+    left_out = damaged(read | {f"held back: {name}": rows for name, rows in held_back.items()}) if leave_out else {}
     unseen = {prepared.parts[name].language for name in order.parts} - {
         prepared.held_back[name].language for name in held_back
     }
@@ -166,7 +169,7 @@ def train(
         with trainer.saver:
             logged = trainer.run(done_steps)
     if runtime.is_main():
-        ledger = write_ledger(cfg, prepared, trainer, out)
+        ledger = write_ledger(cfg, prepared, trainer, out, left_out)
         with checkpoint.room(out.path):
             save_final(cfg, out, net, tokenizer, ledger["parts"])
         seconds, tokens = trainer.metrics.seconds(), plan.steps * cfg.train.tokens_per_step
@@ -189,7 +192,21 @@ def train(
         )
 
 
-def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: run_dir.RunDir) -> dict:
+def damaged(parts: dict) -> dict[str, dict]:
+    """Rows that cannot be read, for the ledger: they come as blank ones. Reads all shards, on the main process."""
+    found = {name: rows.damaged() for name, rows in parts.items()} if runtime.is_main() else {}
+    found = {name: rows for name, rows in found.items() if rows}
+    for name, rows in found.items():
+        runtime.say(
+            f"  {name}: {len(rows):,} rows, {sum(rows.values()):,} tokens, touch damaged blocks and are left out "
+            f"(the first: row {next(iter(rows))})"
+        )
+    return {name: {"rows": list(rows), "tokens": sum(rows.values())} for name, rows in found.items()}
+
+
+def write_ledger(
+    cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: run_dir.RunDir, left_out: dict[str, dict]
+) -> dict:
     """ledger.json: what the run was trained on, compared with its order and its shards, read again."""
     from aquila_sft import proof
 
@@ -203,6 +220,7 @@ def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: 
         "shards": cfg.data.shards,
         "shards_sha256": prepared.sha256,
         "places_left_out": loader.skipped,
+        "damaged": left_out,
         "updates_left_out": int(trainer.guard.skipped),
         "parts": {
             name: {
@@ -222,9 +240,8 @@ def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: 
 
 def mean_wait(logged: list[dict]) -> float | None:
     """Share of the training time that passed waiting for data."""
-    shares = [m["data_wait_share"] for m in logged if "data_wait_share" in m][
-        1:
-    ]  # not the first: nothing was read ahead
+    shares = [m["data_wait_share"] for m in logged if "data_wait_share" in m]
+    del shares[:1]  # nothing was read ahead
     return round(sum(shares) / len(shares), 6) if shares else None
 
 
