@@ -13,6 +13,7 @@ follows from the input alone: the same bytes from one worker or a thousand. Memo
 range of keys.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -104,7 +105,12 @@ def make_index(work: Work, task: str, target: Path) -> None:
 
 
 def index_of(work: Work) -> decontaminate.Index | None:
-    return decontaminate.Index.load(work.folder / "index/benchmarks.npz") if work.policy.decontaminate else None
+    return loaded_index(work.folder / "index/benchmarks.npz") if work.policy.decontaminate else None
+
+
+@functools.lru_cache(maxsize=1)
+def loaded_index(path: Path) -> decontaminate.Index:
+    return decontaminate.Index.load(path)
 
 
 # ---- read
