@@ -680,6 +680,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus, tokenizer_folder, unbroken):
     """kill -9 after so many file operations, then once more from there, until it comes through: every step is hit."""
     out = tmp_path / "out"
@@ -700,6 +701,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus,
     assert not (out / "data").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_stops_the_run_a_killed_run_its_workers_and_the_same_command_goes_on(
     tmp_path, corpus, tokenizer_folder, unbroken
 ):
