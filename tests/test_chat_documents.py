@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 from aquila_sft.chat_template import encode_messages
-from aquila_sft.data import chat_documents, conversations, documents
+from aquila_sft.data import chat_documents, clean, conversations, documents
 from aquila_sft.data.text_set import Encoder
 from aquila_sft.errors import UserError
 
@@ -18,7 +18,7 @@ def read(path) -> tuple[list[str], list[str]]:
     """(texts, reasons of what is left out)."""
     refused = []
     found = documents.read({"talk": [path]}, "text", lambda reason, *_: refused.append(reason))
-    return [document.text for document, _ in found], refused
+    return [clean.normal(document.text) for document, _ in found], refused  # as recipe=prepare does
 
 
 def test_a_conversation_becomes_the_ids_that_tuning_would_give_it(tokenizer, tmp_path):

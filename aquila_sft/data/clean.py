@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 
 from aquila_sft.config import CleanPolicy
+from aquila_sft.data import chat_documents
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffe\uffff]")
 LINE_END = re.compile(r"[ \t\u3000]*(?:\r\n?|\n|\u2028|\u2029)")
@@ -21,8 +22,9 @@ LONG_LINE = 20  # characters: shorter lines (braces, list marks, verses) may com
 
 def normal(text: str) -> str:
     """NFC, as the published vocabulary has it; \\n at line ends, and no blanks before them; no control characters."""
-    text = LINE_END.sub("\n", CONTROL.sub("", text))
-    return unicodedata.normalize("NFC", text).strip("\n")
+    text = unicodedata.normalize("NFC", LINE_END.sub("\n", CONTROL.sub("", text))).strip("\n")
+    # a conversation's last turn ends with its line, as the chat template has it
+    return text + "\n" if text.endswith(chat_documents.CLOSE) else text
 
 
 def problem(text: str, policy: CleanPolicy) -> str | None:
