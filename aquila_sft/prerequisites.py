@@ -127,7 +127,8 @@ GIVEN_BY = {
 
 def words(recipe: str, cfg: Run) -> list[str]:
     """The command line of a recipe before `cfg`'s: scale, tokenizer, kernel and debug pass, and name the run."""
-    passed = [f"kernel={cfg.kernel.value}"] if cfg.kernel.value != "auto" else []
+    computes = recipe not in ("tokenizer", "prepare")
+    passed = [f"kernel={cfg.kernel.value}"] if computes and cfg.kernel.value != "auto" else []
     if tokenizer := getattr(cfg, "tokenizer", None):
         passed += [
             f"tokenizer.{name}={value}" for name in ("path", "ranks") if (value := getattr(tokenizer, name)) is not None

@@ -333,8 +333,13 @@ def test_arguments_that_cannot_be_meant_are_refused():
     with pytest.raises(ValueError, match="ignore_index=None; use an integer"):
         linear_cross_entropy(h, w, target, ignore_index=None)
     for num_items in (0, -3, float("nan")):
-        with pytest.raises(ValueError, match=f"num_items={num_items}; use the number of targets"):
-            linear_cross_entropy(h, w, target, num_items=num_items)
+        for given in (num_items, torch.tensor(num_items)):
+            with pytest.raises(ValueError, match=f"num_items={num_items}; use the number of targets"):
+                linear_cross_entropy(h, w, target, num_items=given)
+    with pytest.raises(ValueError, match="num_items is a count and gets no gradient"):
+        linear_cross_entropy(h, w, target, num_items=torch.tensor(7.0, requires_grad=True))
+    with pytest.raises(ValueError, match="hidden is torch.float16; use float32 or bfloat16"):
+        linear_cross_entropy(h.half(), w, target)
     with pytest.raises(ValueError, match=r"token_weights, a tensor \[33\], got list"):
         linear_cross_entropy(h, w, target, token_weights=[1.0] * 33)
     with pytest.raises(ValueError, match="weight is torch.int64; use float32 or bfloat16"):
@@ -460,10 +465,21 @@ def test_compiled_into_one_graph_it_is_the_same(reduction):
 def test_a_gradient_of_a_gradient_is_refused(reduction):
     h, w, target = seeded()
     h, w = h.requires_grad_(), w.requires_grad_()
-    loss = linear_cross_entropy(h, w, target, reduction=reduction).sum()
-    (dh,) = torch.autograd.grad(loss * h.sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|does not require grad|autograd"):
-        dh.sum().backward()
+    # the upstream gradient is a constant in the first, not in the second: both would go wrong in silence
+    for upstream in (torch.tensor(1.0, dtype=h.dtype), h.sum()):
+        with pytest.raises(RuntimeError, match="no gradient of its own; leave create_graph|not implemented|autograd"):
+            loss = linear_cross_entropy(h, w, target, reduction=reduction).sum()
+            (dh,) = torch.autograd.grad(loss * upstream, h, create_graph=True)
+            dh.square().sum().backward()
+
+
+def test_tensors_on_different_devices_are_refused_and_on_meta_nothing_is_computed():
+    h, w, target = seeded(dtype=torch.float32)
+    with pytest.raises(ValueError, match="hidden is on cpu, weight on meta and target on cpu; they have to be on one"):
+        linear_cross_entropy(h, w.to("meta"), target)
+    on_meta = [t.to("meta") for t in (h, w, target)]
+    assert linear_cross_entropy(*on_meta).device.type == "meta"
+    assert linear_cross_entropy(*on_meta, reduction="none").shape == target.shape
 
 
 def test_a_sharded_weight_is_refused():

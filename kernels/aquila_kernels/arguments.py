@@ -20,7 +20,7 @@ def check_options(
     target: Tensor, num_tokens: int, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
 ) -> None:
     """ValueError for what cannot be meant, without looking at any number on a device."""
-    if not isinstance(ignore_index, int):
+    if type(ignore_index) is not int:
         raise ValueError(f"ignore_index={ignore_index!r}; use an integer, one that no target is.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'.")
@@ -67,6 +67,11 @@ def divisor(reduction: str, num_items: int | float | Tensor | None, weight_N: Te
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items has {num_items.numel()} elements; use a number or a tensor of one.")
+        if num_items.requires_grad or num_items.is_complex():
+            raise ValueError("num_items is a count and gets no gradient here; give a plain number, or detach it.")
+        looks = num_items.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+        if looks and not num_items > 0:
+            raise ValueError(f"num_items={num_items.item()}; use the number of targets, or leave it out.")
         return num_items.to(weight_N).reshape(())
     if not num_items > 0:
         raise ValueError(f"num_items={num_items}; use the number of targets, or leave it out.")

@@ -63,6 +63,8 @@ def cross_entropy(
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"expected logits [N, V] with V > 0, got {tuple(logits.shape)}.")
+    if not logits.dtype.is_floating_point:
+        raise ValueError(f"logits are {logits.dtype}; use float32, bfloat16 or float16.")
     check_options(target, len(logits), ignore_index, reduction, label_smoothing, z_loss)
     vocab_size = logits.shape[1]
     if (check_targets or target.device.type == "cpu") and not torch.compiler.is_compiling():

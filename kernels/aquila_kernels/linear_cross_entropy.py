@@ -17,7 +17,6 @@ give is the same. Time and memory: kernels/bench/results/.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aquila_kernels import linear_cross_entropy_torch
 from aquila_kernels.arguments import Terms, check_options, divisor, refuse_targets_outside, token_weights_or_ones
@@ -51,28 +50,27 @@ def linear_cross_entropy(
 
     compute_dtype is what the matrix products run in; by default autocast's dtype where autocast is on, else
     hidden.dtype. A CPU without bf16 products runs them in fp32, and rounds nothing to bf16 in between. Softmax, loss,
-    and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits, down to those of one token
+    and the sums of dweight are in fp32. memory_budget_bytes bounds the memory for logits, down to one of them
     (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096 tokens, in Triton). Besides it,
     gradients are held from forward to backward: dhidden and dweight in fp32, which backward rounds to their inputs'
     dtypes; a frozen hidden or weight costs neither time nor memory. No input is written to, backward may run again
-    (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient of the gradient is refused, and
-    torch.func.jvp sees a constant.
+    (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient of the gradient is refused,
+    torch.func.grad is not supported, and torch.func.jvp sees a constant.
 
     A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
     waits for the device; else nothing waits for it and the loss is nan. On a CPU only tokens that have a target are
     computed. kernel: "auto" is Triton's where there is a GPU for it, plain torch elsewhere; see choice.py.
     """
-    _check_shapes(hidden, weight)
+    _check_tensors(hidden, weight, target)
     check_options(target, len(hidden), ignore_index, reduction, label_smoothing, z_loss)
     if isinstance(token_weights, Tensor) and token_weights.requires_grad:
         raise ValueError("token_weights get no gradient here; multiply the losses of reduction='none', or detach them.")
-    if memory_budget_bytes is not None and not (isinstance(memory_budget_bytes, int) and memory_budget_bytes >= 1):
+    if memory_budget_bytes is not None and not (type(memory_budget_bytes) is int and memory_budget_bytes >= 1):
         raise ValueError(
             f"memory_budget_bytes={memory_budget_bytes!r}; use an integer from 1 on, or None for the default."
         )
     kernel = pick_kernel(kernel, hidden.device)
     compute_dtype = _pick_compute_dtype(hidden, compute_dtype, kernel)
-    _check_dtypes(hidden, weight)
     terms = (ignore_index, float(label_smoothing), float(z_loss))
     how = (check_targets, compute_dtype, memory_budget_bytes, kernel)
     is_target_N = target != ignore_index
@@ -117,32 +115,34 @@ def linear_log_probs(
     )
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
         raise ValueError(
             f"expected hidden [N, H] and weight [V, H] with V > 0, got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
+    if not hidden.device == weight.device == target.device:
+        raise ValueError(
+            f"hidden is on {hidden.device}, weight on {weight.device} and target on {target.device}; "
+            "they have to be on one device (an offloaded weight is on none: load it first)."
+        )
     for name, given in (("hidden", hidden), ("weight", weight)):
+        if given.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            # fp16: the gradient of a logit, p / num_items, is often below its smallest number.
+            raise ValueError(f"{name} is {given.dtype}; use float32 or bfloat16.")
         if hasattr(given, "full_tensor"):  # a DTensor: a part would be taken for the whole
             raise ValueError(
                 f"{name} is sharded over processes (DTensor); gather it first, as FSDP does for a forward."
             )
 
 
-def _check_dtypes(hidden: Tensor, weight: Tensor) -> None:
-    for name, given in (("hidden", hidden), ("weight", weight)):
-        if not given.dtype.is_floating_point:
-            raise ValueError(f"{name} is {given.dtype}; use float32 or bfloat16.")
-
-
 def _pick_compute_dtype(hidden: Tensor, compute_dtype: torch.dtype | None, kernel: str) -> torch.dtype:
     if compute_dtype is None:
         device_type = hidden.device.type
         # Autocast leaves fp64 alone, and so do we.
-        follows_autocast = torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64
+        has_autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        follows_autocast = has_autocast and hidden.dtype != torch.float64
         compute_dtype = torch.get_autocast_dtype(device_type) if follows_autocast else hidden.dtype
     if compute_dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        # fp16: the gradient of a logit, p / num_items, is often below its smallest number.
         raise ValueError(f"compute_dtype={compute_dtype} is not supported; use bfloat16 or float32.")
     if compute_dtype == torch.float64 and kernel == "triton":
         raise ValueError("float64 has no Triton kernel; use kernel='torch' for it.")
@@ -201,8 +201,12 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable  # the gradients that were kept do not know what they depend on
 def _scale_gradients(ctx, upstream, *_):
+    if torch.is_grad_enabled():  # create_graph: the gradients that were kept do not know what they depend on
+        raise RuntimeError(
+            "linear_cross_entropy's gradient has no gradient of its own; leave create_graph=True out, or use plain "
+            "logits and F.cross_entropy"
+        )
     kept = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     return *(_scaled(g, upstream, dtype) if needed and upstream is not None else None for g, dtype, needed in kept), *(
         [None] * 13

@@ -38,11 +38,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, kernel: str = "aut
         )
     if not eps >= 0:
         raise ValueError(f"eps={eps}; use a small positive number.")
-    if pick_kernel(kernel, x.device) == "torch":
-        return reference.rms_norm(x, weight, eps)
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (x, weight)):
+    is_torch = pick_kernel(kernel, x.device) == "torch"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if is_torch else []))
+    if any(t.dtype not in dtypes for t in (x, weight)):
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; use float32, bfloat16 or float16.")
-    return _rms_norm(x, weight, eps)[0]
+    return reference.rms_norm(x, weight, eps) if is_torch else _rms_norm(x, weight, eps)[0]
 
 
 def blocks(hidden_size: int) -> dict[str, int]:

@@ -48,13 +48,13 @@ def main() -> int:
     }
     ceilings, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = all_jobs(args, results, folder)
-        for number, group in enumerate(groups(jobs, args.fresh), 1):
+        all_groups = groups(all_jobs(args, results, folder), args.fresh)
+        for number, group in enumerate(all_groups, 1):
             useless = {key for key, turns in results.items() if turns and turns[-1]["status"] != "ok"}
             group = [job for job in group if (Case(**job.case), job.provider) not in useless]
             for job, result in in_processes(group, args.limit_s):
                 case = Case(**job.case)
-                show(number, case, job.provider, result)
+                show(f"{number} of {len(all_groups)}", case, job.provider, result)
                 if job.provider == CEILINGS:
                     ceilings[report.ceiling_key(case)] = result
                     continue
@@ -165,7 +165,7 @@ def groups(jobs: Iterator[Job], fresh: str) -> list[list[Job]]:
     return list(found.values())
 
 
-def show(number: int, case: Case, name: str, result: dict) -> None:
+def show(number: str, case: Case, name: str, result: dict) -> None:
     what = f"{case.operation} {case.dtype} {case.logits} {name}: {result['status']} {result['reason']}"
     print(f"[{number}] {what}", file=sys.stderr, flush=True)
 
