@@ -91,6 +91,22 @@ def test_memory_follows_from_what_is_trained_and_how():
     assert parts(device="cuda")["heap"] == 0 < plain["heap"]
 
 
+def test_a_copy_for_saving_is_there_beside_a_step_only_if_training_goes_on_after_it():
+    given = {"rows": 4, "length": 512, "accumulation": 1, "processes": 1, "is_bf16": False}
+    given |= {"device": "cpu", "activation_checkpointing": False}
+    last, between = (
+        memory(AQUILA, Portion(**given, trains_on_after_saving=is_so), None, program=0) for is_so in (False, True)
+    )
+    assert between.parts["saving"] == last.parts["saving"] == 12 * AQUILA.parameters
+    assert between.peak == last.peak + 12 * AQUILA.parameters  # a step's activations are more than the copy
+    on_gpu = memory(AQUILA, Portion(**given | {"device": "cuda"}, trains_on_after_saving=True), None, program=0)
+    assert on_gpu.parts["saving"] == 0
+
+
+def test_models_kept_on_the_way_are_on_the_disk():
+    assert disk(AQUILA, None, 2, models=3)[1] - disk(AQUILA, None, 2)[1] == 3 * 4 * AQUILA.parameters
+
+
 def test_a_full_checkpoint_has_twelve_bytes_a_parameter():
     one, whole = disk(AQUILA, None, checkpoints=2)
     assert one == 12 * 193_669_632 and whole == 3 * one + 4 * 193_669_632  # one more is written before one is deleted

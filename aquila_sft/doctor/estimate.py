@@ -109,6 +109,8 @@ class Portion:
     device: str  # cpu, cuda, mps
     is_bf16: bool
     activation_checkpointing: bool
+    products_in_bf16: bool = True  # False: a CPU that computes the products of the loss in fp32 (is_bf16 or not)
+    trains_on_after_saving: bool = False  # there are checkpoints before the last step's
 
     @property
     def tokens(self) -> int:
@@ -162,6 +164,9 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
 
     program: what the process holds before there is a model (Python and its libraries; nothing on a GPU). heap: what the
     allocator of a CPU cannot give again.
+    saving: the copy of weights (of an adapter its own) and moments that a thread writes while training goes on, kept
+    for the next one; in host memory, so on a CPU alone. Where the only checkpoint is the last, activations and
+    gradients have gone by then, and it counts where it is more than they were.
     Not in it: DoRA, a GPU's context, files that are mapped (the system takes them back when it needs room), and an
     evaluation, which keeps no activations.
     """
@@ -183,7 +188,7 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     # and their gradient, as rows and in place.
     around = 4 * 6 * n * h
     # Of the logits some rows exist at once, of half of the tokens at most (linear_cross_entropy_torch.py).
-    size = 2 if portion.is_bf16 else 4
+    size = 2 if portion.is_bf16 and portion.products_in_bf16 else 4
     logits = min(LOGITS_BYTES[portion.device], size * shape.vocab_size * ((n + 1) // 2))
     mlp = 4 * n * (2 * h + 2 * shape.intermediate_size)  # gradients on their way through a layer
     moments_of_step = [  # gradients, activations, logits
@@ -200,14 +205,19 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     ]
     standing = {"weights": weights, "optimizer": moments}
     most = dict(zip(("gradients", "activations", "logits"), map(max, zip(*moments_of_step, strict=True)), strict=True))
-    tensors = sum(standing.values()) + max(map(sum, moments_of_step))
+    copy = 12 * trained if portion.device == "cpu" else 0
+    of_step = max(map(sum, moments_of_step))
+    tensors = sum(standing.values()) + of_step
     has_holes = portion.device == "cpu" and NO_HOLES not in os.environ
     holes = round(HOLES["adapter" if lora else "full"] * tensors) if has_holes else 0
-    return Memory({"program": program} | standing | most | {"heap": holes}, program + tensors + holes)
+    beyond = copy if portion.trains_on_after_saving else max(copy - of_step, 0)
+    parts = {"program": program} | standing | most | {"heap": holes, "saving": copy}
+    return Memory(parts, program + tensors + holes + beyond)
 
 
-def disk(shape: Shape, lora: Lora | None, checkpoints: int) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of the run: so many of them, one that is being written, and final/.
+def disk(shape: Shape, lora: Lora | None, checkpoints: int, models: int = 0) -> tuple[int, int]:
+    """Bytes of one checkpoint, and of the run: so many of them, one that is being written, the models that pretraining
+    keeps on its way, and final/.
 
     A checkpoint is fp32 weights and AdamW's moments; that of an adapter holds the adapter's alone.
     """
@@ -216,4 +226,4 @@ def disk(shape: Shape, lora: Lora | None, checkpoints: int) -> tuple[int, int]:
     else:
         adapter = shape.adapter_parameters(lora)
         one, final = 12 * adapter, 4 * (shape.parameters + adapter)
-    return one, one * (checkpoints + 1) + final
+    return one, one * (checkpoints + 1) + 4 * shape.parameters * models + final

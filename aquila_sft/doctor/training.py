@@ -153,6 +153,8 @@ def before_anneal(view: View, rates: Curve) -> list[Phase]:
 
 
 def look_at_memory(view: View, shape: Shape, plan: "Plan", device: str, is_bf16: bool, available: int | None) -> None:
+    from aquila_sft.device import bf16_instructions
+
     run: PretrainRun | SftRun = view.run
     lora = run.lora if isinstance(run, SftRun) else None
     portion = Portion(
@@ -163,6 +165,8 @@ def look_at_memory(view: View, shape: Shape, plan: "Plan", device: str, is_bf16:
         device,
         is_bf16,
         run.train.activation_checkpointing,
+        products_in_bf16=device != "cpu" or bool(bf16_instructions()),
+        trains_on_after_saving=run.train.save_steps < plan.steps,
     )
     need = estimate.memory(shape, portion, lora, program_bytes(run) if device == "cpu" else 0)
     trained = f", {shape.adapter_parameters(lora):,} of the adapter" if lora else ""
@@ -189,10 +193,17 @@ def look_at_disk(view: View, shape: Shape, plan: "Plan | None") -> None:
     if plan:
         written = math.ceil(plan.steps / run.train.save_steps)
         kept = written if kept is None else min(kept, written)
-    one, whole = estimate.disk(shape, run.lora if isinstance(run, SftRun) else None, kept or 1)
+    models = 0
+    if isinstance(run, PretrainRun) and plan:
+        from aquila_sft import intermediate
+
+        every = run.train.intermediate_steps
+        models = sum(intermediate.is_due(step, every, plan.steps) for step in range(1, plan.steps + 1))
+    one, whole = estimate.disk(shape, run.lora if isinstance(run, SftRun) else None, kept or 1, models)
     free = view.free_disk
     count = f"{kept:,} checkpoint(s)" if kept else "all checkpoints"
-    view.say("disk", f"{count} of {one / 1e9:.2f} GB and final/: {whole / 1e9:,.2f} GB; {free / 1e9:,.1f} GB are free")
+    count += f" of {one / 1e9:.2f} GB" + (f", {models:,} models" if models else "")
+    view.say("disk", f"{count} and final/: {whole / 1e9:,.2f} GB; {free / 1e9:,.1f} GB are free")
     view.add(findings.of_disk(one, whole, free))
 
 
