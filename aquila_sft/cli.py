@@ -25,6 +25,9 @@ FREE_TEXT = (
     "data.files",
     "data.shards",
     "machine.measured_by",
+    "eval.data",
+    "eval.before",
+    "eval.references",
 )
 INTERNAL = ("stage", "demo", "scale_is_explicit", "words")
 CHECKED = ("tokenizer", "prepare", "pretrain", "anneal", "sft", "sft_lora")  # what recipe=check looks at

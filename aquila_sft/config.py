@@ -577,12 +577,51 @@ class CheckRun(Run):
             raise UserError(f"sample={self.sample} must be at least 1")
 
 
+@dataclass(kw_only=True)
+class Eval:
+    """What is measured, on what data, and how much of it."""
+
+    tasks: Any = MISSING  # names or groups: card, english, chinese, instruct, text, all, hellaswag, …
+    data: str | None = None  # benchmarks: `hub`, or a folder with their original files
+    limit: int | None = None  # items of a row at most, shared by its parts; null: all
+    before: str | None = None  # a model for comparison on plain text: what tuning forgot
+    references: Any = None  # conversations whose answers are scored: file, list or glob
+    batch_tokens: int | None = None  # in one forward pass of one process; null: from the device
+    share_prefixes: bool = MISSING  # the choices of a question in one row, behind the question once
+    precision: Precision = MISSING
+    max_new_tokens: int = MISSING  # of an answer in a chat
+
+    def check(self) -> None:
+        self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
+        if not isinstance(self.tasks, list) or not self.tasks or not all(isinstance(t, str) for t in self.tasks):
+            raise UserError(f"eval.tasks={self.tasks!r} is not a name or a list of them, as in eval.tasks=[arc,piqa]")
+        if self.references is not None:
+            self.references = file_list(self.references)
+        at_least("eval", self, 1, *[n for n in ("limit", "batch_tokens") if getattr(self, n) is not None])
+        at_least("eval", self, 1, "max_new_tokens")
+
+
+@dataclass(kw_only=True)
+class EvalRun(Run):
+    """data: the text whose bits per byte are measured, for eval.tasks=text."""
+
+    model: Model = MISSING
+    data: TextData = MISSING
+    eval: Eval = MISSING
+
+    def check(self) -> None:
+        super().check()
+        if self.model.path == "random":
+            raise UserError("model.path=random: recipe=eval measures a model that exists; give its folder or Hub id")
+
+
 SCHEMAS = {
     "check": CheckRun,
     "tokenizer": TokenizerRun,
     "prepare": PrepareRun,
     "pretrain": PretrainRun,
     "sft": SftRun,
+    "eval": EvalRun,
     "chat": ChatRun,
 }
 

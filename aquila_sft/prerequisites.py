@@ -1,6 +1,6 @@
 """What a recipe needs and was not given: what the recipes before it make, made first where that can be done here.
 
-    tokenizer -> prepare -> pretrain -> anneal -> sft, sft_lora -> chat
+    tokenizer -> prepare -> pretrain -> anneal -> sft, sft_lora -> eval, chat
 
 `scale=mini` has its text and conversations with it, so all of it can be made; elsewhere what is missing is named. Only
 scale, tokenizer, kernel and debug reach the recipes before: a trial with another learning rate keeps its base.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import checkpoint, narration, run_dir, runtime
-from aquila_sft.config import ChatRun, KernelChoice, PrepareRun, PretrainRun, Run, SftRun
+from aquila_sft.config import ChatRun, EvalRun, KernelChoice, PrepareRun, PretrainRun, Run, SftRun
 from aquila_sft.errors import UserError
 
 NEEDS = {
@@ -20,6 +20,7 @@ NEEDS = {
     "anneal": ("prepare", "pretrain"),
     "sft": ("anneal",),
     "sft_lora": ("anneal",),
+    "eval": ("sft",),
     "chat": ("sft",),
 }
 ComposeRun = Callable[[list[str]], Run]
@@ -39,8 +40,8 @@ def fill(cfg: Run, compose_run: ComposeRun) -> None:
         return
     chain = [name for name in all_needs(cfg.recipe) if not is_given(name, cfg)]
     runs = {name: compose_run(words(name, cfg)) for name in chain}
-    talks = isinstance(cfg, ChatRun) and is_finished(runs["sft"])  # whatever it was made with
-    if cfg.demo and runtime.is_main() and not talks:
+    uses = isinstance(cfg, ChatRun | EvalRun) and is_finished(runs["sft"])  # whatever it was made with
+    if cfg.demo and runtime.is_main() and not uses:
         with runtime.alone():
             make(cfg, runs, compose_run)
     set_paths(cfg, runs)
@@ -80,7 +81,7 @@ def open_needs(cfg: Run) -> bool:
             return not has_tokenizer(cfg)
         case PretrainRun():
             return cfg.data.shards is None or cfg.recipe == "anneal" and cfg.model.path is None
-        case SftRun() | ChatRun():
+        case SftRun() | ChatRun() | EvalRun():
             return cfg.model.path is None
     return False
 
@@ -96,7 +97,7 @@ def set_paths(cfg: Run, runs: dict[str, Run]) -> None:
                 cfg.model.path = made(runs["pretrain"], cfg)
         case SftRun() if cfg.model.path is None:
             cfg.model.path = made(runs["anneal"], cfg)
-        case ChatRun() if cfg.model.path is None:
+        case ChatRun() | EvalRun() if cfg.model.path is None:
             cfg.model.path = made(runs["sft"], cfg)
 
 

@@ -1,0 +1,6 @@
+"""Evaluation: benchmarks as they are defined in recipes/eval/, through lm-eval, into a table like the model card's.
+
+recipes/eval/*.yaml -> benchmarks -> items (from the Hub or a folder) -> engine -> scores -> results.{md,csv,json}
+                                                             |
+                                     scorer: log-likelihoods and greedy answers of a model; journal: goes on
+"""

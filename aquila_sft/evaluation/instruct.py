@@ -1,0 +1,136 @@
+"""What an Instruct model is for: does it do as it is told, does it stop, and how near are its answers to references.
+
+    ifeval       541 English prompts with verifiable instructions, by lm-eval's copy of the published rules
+    instruct_zh  Chinese ones of our own making (data/instruct_zh.jsonl, constraints.py)
+    references   conversations: bits per byte of their last answers, by language
+
+Prompts are rendered by the model's own chat template, with its system line.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from aquila_sft.chat_template import encode_messages
+from aquila_sft.data import conversations, sources
+from aquila_sft.errors import UserError
+from aquila_sft.evaluation import constraints, items
+from aquila_sft.evaluation.benchmarks import Source
+from aquila_sft.evaluation.engine import ItemTask, Outcome
+from aquila_sft.evaluation.journal import Journal
+
+INSTRUCT_ZH = Path(__file__).parents[2] / "data" / "instruct_zh.jsonl"
+IFEVAL = Source(
+    {"repo": "google/IFEval", "files": ["ifeval_input_data.jsonl"]}, ("ifeval_input_data.jsonl", "input_data.jsonl")
+)
+IFEVAL_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
+
+
+@dataclass(frozen=True)
+class Asked:
+    prompt: str  # rendered
+    record: dict
+
+
+def rendered(tokenizer, record: dict) -> Asked:
+    messages = [{"role": "user", "content": record["prompt"]}]
+    return Asked(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), record)
+
+
+def ifeval_records(data: str | None, cache: Path, limit: int | None) -> list[dict]:
+    if data is None:
+        raise UserError("eval.tasks=ifeval reads google/IFEval: add eval.data=hub, or eval.data=<folder> with its file")
+    if data == "hub":
+        files = items.from_hub(IFEVAL.hub, "files", IFEVAL.local, cache)
+    else:
+        bases = [Path(data).expanduser() / "ifeval", Path(data).expanduser() / "eval_ifeval", Path(data).expanduser()]
+        files = items.first_match(bases, IFEVAL.local)
+        if not files:
+            raise UserError(f"eval.data={data} has no file for ifeval: none of {', '.join(IFEVAL.local)}")
+    found = items.records(files[0], ())
+    for where, record in found:
+        if missing := [name for name in IFEVAL_FIELDS if name not in record]:
+            raise UserError(f"{where} is no item of ifeval: no column {missing[0]}; it has: {', '.join(record)}")
+    return [record for _, record in found][:limit]
+
+
+def chat_task(name: str, tokenizer, records: list[dict], max_new_tokens: int, follow) -> ItemTask:
+    """A task of chat prompts. follow(record, answer) -> {rule: [obeyed, …]}"""
+
+    def requests_of(asked: Asked) -> list:
+        return [("generate_until", (asked.prompt, {"until": [], "max_gen_toks": max_new_tokens, "chat": True}))]
+
+    def outcome(asked: Asked, results: list[str]) -> Outcome:
+        scores = {}
+        for rule, obeyed in follow(asked.record, results[0]).items():
+            scores[f"prompts, {rule}"] = float(all(obeyed))
+            scores[f"instructions, {rule}"] = sum(obeyed) / len(obeyed)
+        return Outcome(scores, written=results[0])
+
+    return ItemTask(name, [rendered(tokenizer, record) for record in records], requests_of, outcome)
+
+
+def ifeval_follow(record: dict, answer: str) -> dict[str, list[bool]]:
+    from lm_eval.tasks.ifeval.utils import process_results  # reads nltk's punkt_tab when it is imported
+
+    found = process_results(record, [answer])
+    return {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"]}
+
+
+def zh_follow(record: dict, answer: str) -> dict[str, list[bool]]:
+    return {"strict": constraints.followed(record["checks"], answer)}
+
+
+def table(scorer, tasks: list[ItemTask]) -> list[list[str]]:
+    """[set, measure, value in per cent, items]. Instructions weigh alike within a prompt, prompts within the set."""
+    rows = [["set", "measure", "%", "± (s.e.)", "prompts"]]
+    for task in tasks:
+        count = len(task.outcomes)
+        stopped = [scorer.has_stopped(request) for request in task.instances]
+        measures = {name: [o.scores[name] for o in task.outcomes] for name in task.outcomes[0].scores}
+        measures["answers that stop"] = [float(value) for value in stopped]
+        for name, values in measures.items():
+            centre = sum(values) / count
+            error = math.sqrt(sum((v - centre) ** 2 for v in values) / max(1, count - 1) / count)
+            rows.append([task.task_name, name, f"{100 * centre:.2f}", f"{100 * error:.2f}", str(count)])
+    return rows
+
+
+def references(scorer, files: list[str], limit: int | None) -> list[list[str]]:
+    """[language, bits per byte, answers, bytes] of the last answer of each conversation."""
+    pairs, owners = [], []
+    for file in sources.find(files):
+        for where, record in sources.read(file):
+            if limit is not None and len(pairs) >= limit:
+                break
+            try:
+                conversation = conversations.normalise(record or {}, file.stem)
+            except conversations.Refused:
+                continue
+            messages = conversation.messages
+            context, _ = encode_messages(scorer.tokenizer, messages[:-1], add_generation_prompt=True)
+            whole, _ = encode_messages(scorer.tokenizer, messages)
+            answer = whole[len(context) : last_of_answer(whole, scorer.turn_end_id)]
+            if whole[: len(context)] != context or not answer:
+                raise UserError(f"{where}: the chat template does not render an answer behind its prompt")
+            pairs.append((context, answer))
+            owners.append((conversation.language, len(messages[-1]["content"].encode())))
+    if not pairs:
+        raise UserError(f"eval.references={','.join(files)} holds no conversation with an answer")
+    keys = [Journal.key("reference", *pair) for pair in pairs]
+    scorer.score(keys, lambda i: pairs[i], "reference answers")
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    for key, (language, size) in zip(keys, owners, strict=True):
+        total = sums[language]
+        total[0], total[1], total[2] = total[0] - scorer.journal.answers[key], total[1] + 1, total[2] + size
+    rows = [["language", "bits per byte of reference answers", "answers", "bytes"]]
+    return rows + [
+        [language, f"{nats / math.log(2) / size:.4f}", str(count), str(size)]
+        for language, (nats, count, size) in sorted(sums.items())
+    ]
+
+
+def last_of_answer(ids: list[int], turn_end_id: int | None) -> int:
+    """Where the last answer ends: at its end of turn, which is no text of it."""
+    return len(ids) - 1 - ids[::-1].index(turn_end_id)
