@@ -41,6 +41,7 @@ class Scorer(LM):
         self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         first = (tokenizer.bos_token_id, tokenizer.eos_token_id, self.pad_id)
         self.first_id = next(i for i in first if i is not None)  # what predicts the first token of a text
+        self.end_id = self.first_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.turn_end_id = tokenizer.get_vocab().get(IM_END)
         self.tokens = 0  # that went through the model here
         self.seconds = 0.0
@@ -58,8 +59,8 @@ class Scorer(LM):
 
         def encoded(pair: tuple[str, str]) -> tuple[list[int], list[int]]:
             context, continuation = pair
-            if not context.strip():  # nothing is left to condition on
-                return [self.first_id], self.encode(context + continuation)
+            if not context.strip():  # nothing to condition on: the reference puts the end token there
+                return [self.end_id], self.encode(context + continuation)
             ids = rules.encode_pair(self.encode, context, continuation)
             if not ids[1]:
                 raise UserError(f"the continuation {continuation!r} has no token behind {context[-40:]!r}")

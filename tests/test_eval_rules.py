@@ -1,0 +1,314 @@
+"""The reference's rules and their traps, the readers, the table: no model is loaded."""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from aquila_sft.errors import UserError
+from aquila_sft.evaluation import benchmarks, constraints, items, results, rules
+from aquila_sft.evaluation.items import Item
+
+ROOT = Path(__file__).parents[1]
+OWN = ROOT / "tests/eval_reference/items"
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def merging(text: str) -> list[int]:
+    """Characters, but `: ` is one token: a context that ends in a blank would be cut elsewhere than the whole."""
+    return [ord(c) for c in text.replace(": ", "\ue000")]
+
+
+def test_blanks_at_the_end_of_a_context_move_to_the_continuation():
+    assert rules.encode_pair(letters, "ctx  ", " a") == (letters("ctx"), letters("   a"))
+    assert rules.encode_pair(letters, "ctx", " a") == (letters("ctx"), letters(" a"))
+
+
+def test_what_is_behind_the_contexts_own_length_is_the_continuation():
+    context, continuation = rules.encode_pair(merging, "Answer:", " yes")
+    assert context == letters("Answer:")
+    assert continuation == letters("yes")  # ": " became one token: the context's length cuts behind it
+
+
+def test_a_choice_is_divided_by_characters_not_bytes_without_one_leading_blank():
+    assert [rules.characters(text) for text in (" 北京", "北京", "  two", " é", "a b")] == [2, 2, 4, 1, 3]
+    # by bytes the Chinese choice (6) would win, by characters (2) the English one does
+    assert rules.chosen([-6.0, -8.0], [" 北京", " abcdef"]) == {"acc": 0, "acc_norm": 1}
+
+
+def test_the_first_of_equal_choices_is_taken():
+    assert rules.chosen([-2.0, -1.0, -1.0], [" a", " b", " c"]) == {"acc": 1, "acc_norm": 1}
+
+
+def test_hellaswag_is_cleaned_once():
+    assert rules.clean_hellaswag("a [title] b [step] c") == "a. b c"
+    assert rules.clean_hellaswag("a   b") == "a  b"  # a second cleaning would make one blank of them
+
+
+def test_hellaswag_keeps_one_blank_at_its_end_and_capitalizes_the_second_half_as_the_reference_does():
+    record = {"activity_label": "X", "ctx_a": "One.", "ctx_b": "the IBM man", "endings": ["e"], "label": 0}
+    assert items.hellaswag(record)["query"] == "X: One. The ibm man "
+    assert items.hellaswag(record | {"ctx_b": ""})["query"] == "X: One. "
+
+
+@pytest.mark.parametrize(
+    "written, right",
+    [
+        ("paris", True),
+        (" PARIS! ", True),
+        ("Pa-ris", True),  # ASCII punctuation is taken out, not replaced
+        ("the paris", False),  # articles stay
+        ("“Paris”", False),  # only ASCII punctuation goes
+        ("", False),
+    ],
+)
+def test_triviaqa_normalizes_like_the_reference(written, right):
+    assert rules.is_right("trivia", written, rules.trivia_golds(["Paris"])) == right
+
+
+def test_triviaqa_leaves_out_aliases_that_begin_with_another_one():
+    assert rules.trivia_golds(["Onion skins", "Onion", "onions"]) == ["onion", "onions"]
+    assert not rules.is_right("trivia", "Onion skins", rules.trivia_golds(["Onion skins", "Onion"]))
+
+
+@pytest.mark.parametrize(
+    "written, gold, right",
+    [
+        ("so\n#### 1,234", "#### 1234", True),
+        ("#### -3.", "#### -3.", True),
+        ("#### 3.", "#### 3", False),  # a full stop behind the number belongs to it
+        ("The answer is 60", "#### 60", False),  # without the mark there is no number
+        ("####60", "#### 60", False),
+    ],
+)
+def test_gsm8k_reads_the_number_behind_its_mark_only(written, gold, right):
+    assert rules.is_right("gsm8k", written, [gold]) == right
+
+
+def test_a_written_answer_ends_before_the_first_stop_of_any_kind():
+    assert rules.before_stop("a, b. c\nd", ["\n", ".", ","]) == "a"
+
+
+# ---- definitions and readers ----
+
+
+def test_the_card_has_twelve_rows_and_their_parts():
+    rows = {name: benchmarks.load(name) for name in benchmarks.GROUPS["card"]}
+    assert len(rows) == 12 and [r.row for r in rows.values()] == list(results.card()["rows"])[:12]
+    assert {n: len(r.parts) for n, r in rows.items() if len(r.parts) > 1} == {
+        "arc": 2,
+        "mmlu": 57,
+        "ceval": 52,
+        "cmmlu": 67,
+    }
+    assert {r.score for n, r in rows.items() if r.form == "choices" and n != "commonsenseqa"} == {"acc_norm"}
+    assert rows["commonsenseqa"].score == "acc" and rows["gsm8k"].shots == 5
+
+
+def test_groups_and_names_are_put_in_the_cards_order_and_a_slip_is_one_line():
+    assert benchmarks.asked(["cmmlu", "arc", "arc"]) == ["arc", "cmmlu"]
+    assert benchmarks.asked(["chinese"]) == ["ceval", "cmmlu"]
+    with pytest.raises(UserError, match="eval.tasks=helaswag is not one of .*did you mean hellaswag"):
+        benchmarks.asked(["helaswag"])
+
+
+def read_own(name: str, limit: int | None = None, data: Path = OWN) -> list[Item]:
+    return own_parts(name, data, limit)[1]
+
+
+def own_parts(name: str, data: Path = OWN, limit: int | None = None):
+    """The benchmark with the parts that the small folder has, and all their items."""
+    import dataclasses
+
+    benchmark = benchmarks.load(name)
+    there = {
+        part: source
+        for part, source in benchmark.parts.items()
+        if any((data / part.partition(":")[0] / pattern).is_file() for pattern in source.local) or ":" not in part
+    }
+    benchmark = dataclasses.replace(benchmark, parts=there)
+    found = items.read(benchmark, str(data), Path("unused"), limit)
+    return benchmark, [item for listed in found.values() for item in listed]
+
+
+def test_u0085_inside_a_json_line_ends_no_line():
+    assert any("\u0085" in choice for item in read_own("hellaswag") for choice in item.choices)
+    assert any("\u0085" in item.prompt for item in read_own("triviaqa"))
+    assert len(read_own("triviaqa")) == 4
+
+
+def test_the_published_shapes_of_a_record_read_alike():
+    nested = {
+        "question": {"stem": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]},
+        "answerKey": "B",
+    }
+    flat = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert items.question(nested) == items.question(flat) == items.question({"question_stem": "q"} | flat)
+    csv_row = {"question": "q", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"}
+    hub_row = {"question": "q", "choices": ["x", "y", "z", "w"], "answer": 2, "subject": "s"}
+    assert items.exam(csv_row) == items.exam(hub_row)
+    assert items.trivia({"Question": "q", "Answer": {"Aliases": ["B", "A"]}}) == items.trivia(
+        {"question": "q", "answer": {"aliases": ["A", "B"]}}
+    )
+
+
+def test_items_come_in_the_references_order_and_each_has_its_own_examples():
+    questions = [json.loads(line)["question"] for line in (OWN / "gsm8k/test.jsonl").read_text().splitlines()]
+    draw = random.Random(42)
+    draw.shuffle(questions)
+    found = read_own("gsm8k")
+    assert [item.prompt.rsplit("Question: ")[-1].removesuffix("\nAnswer:") for item in found] == questions
+    assert [item.prompt.count("Question: ") for item in found] == [6] * 3
+    assert len({item.prompt[:200] for item in found}) > 1
+    assert read_own("gsm8k", limit=2) == found[:2]
+
+
+def test_a_limit_of_a_row_is_shared_by_its_parts():
+    benchmark, found = own_parts("cmmlu", limit=2)
+    assert [item.part for item in found] == list(benchmark.parts)
+
+
+@pytest.mark.parametrize(
+    "name, file, change, told",
+    [
+        ("piqa", "valid-labels.lst", lambda t: "0\n1\n", "valid-labels.lst has 2 answers for the 3 items"),
+        ("siqa", "dev.jsonl", lambda t: t.replace('"answerB"', '"answer_b"', 1), "dev.jsonl:1 .*no column 'answerB'"),
+        ("siqa", "dev.jsonl", lambda t: t.replace('"label": "1"', '"label": "7"'), "number 7 of 3 choices"),
+        ("openbookqa", "dev.jsonl", lambda t: t[:-20], "dev.jsonl:3: not a JSON object"),
+        ("winogrande", "dev.jsonl", lambda t: t.replace(" _ ", " it ", 1), "dev.jsonl:1 is no item of winogrande"),
+        ("cmmlu", "test/chinese_history.csv", lambda t: t.replace(",长安", "", 1), "row 3 has 6 columns, expected 7"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_one_line(name, file, change, told, tmp_path):
+    shutil.copytree(OWN / name, tmp_path / name)
+    path = tmp_path / name / file
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
+    with pytest.raises(UserError, match=told) as error:
+        read_own(name, data=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_benchmark_names_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="has no file for hellaswag: none of hellaswag_val.jsonl in"):
+        read_own("hellaswag", data=tmp_path)
+    with pytest.raises(UserError, match="eval.data=.*: no such folder"):
+        items.read(benchmarks.load("arc"), str(tmp_path / "no"), tmp_path, None)
+
+
+# ---- the table ----
+
+
+def test_the_averages_of_every_whole_column_of_the_card_are_its_own():
+    card = results.card()
+    rows = list(card["rows"])
+    assert len(card["columns"]) == 14 and len(rows) == 15
+    whole = 0
+    for column, name in enumerate(card["columns"]):
+        values = {row: card["rows"][row]["values"][column] for row in rows}
+        assert all(len(card["rows"][row]["values"]) == 14 for row in rows)
+        if None in values.values():
+            continue
+        whole += 1
+        english, chinese = (results.mean(values[row] for row in part) for part in (rows[:10], rows[10:12]))
+        expected = dict(zip(rows[12:], (english, chinese, (english + chinese) / 2), strict=True))
+        for row, value in expected.items():
+            assert abs(values[row] - value) < 0.0101, (name, row)  # printed with two digits, of rounded rows
+    assert whole >= 4
+
+
+def outcome(**scores):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(scores=scores)
+
+
+def test_a_row_is_the_plain_mean_over_its_parts_with_the_references_standard_error():
+    parts = [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0]]
+    variance = 1 / 3  # of the first, with n - 1; the second has none
+    assert math.isclose(results.standard_error(parts), math.sqrt(variance / 4) / 2)
+    assert results.standard_error([[1.0]]) is None
+    benchmark, _ = own_parts("arc")
+    listed = {part: [Item(part, "p", (" a", " b"), 0)] * n for part, n in (("arc_easy", 4), ("arc_challenge", 2))}
+    found = {
+        "arc_easy": [outcome(acc_norm=v, bits_per_byte=2.0) for v in parts[0]],
+        "arc_challenge": [outcome(acc_norm=v, bits_per_byte=1.0) for v in parts[1]],
+    }
+    score = results.row(benchmark, listed, found)
+    assert (score.value, score.chance, score.items, score.bits_per_byte) == (75.0, 50.0, 6, 1.5)
+    assert math.isclose(score.error, 100 * math.sqrt(variance / 4) / 2)
+
+
+def test_averages_are_of_whole_sets_of_rows_only():
+    scores = {name: results.Score(name, 10.0, 1.0, 25.0, 4) for name in benchmarks.CHINESE}
+    assert list(results.averages(scores)) == ["Average-Chinese"]
+    scores |= {name: results.Score(name, 20.0, 1.0, 25.0, 4) for name in benchmarks.ENGLISH}
+    found = results.averages(scores)
+    assert {name: score.value for name, score in found.items()} == {
+        "Average-English": 20.0,
+        "Average-Chinese": 10.0,
+        "Average": 15.0,
+    }
+    assert math.isclose(found["Average-Chinese"].error, math.sqrt(2) / 2)
+
+
+def test_a_difference_within_error_is_marked_and_one_beyond_is_not():
+    near, far = (results.Score("PIQA", value, 1.0, 50.0, 1838) for value in (66.0, 60.0))
+    assert results.within_error(near, 66.38, 1838) and not results.within_error(far, 66.38, 1838)
+    none_right = results.Score("GSM8K (5-shot)", 0.0, 0.0, 0.0, 8)
+    assert results.within_error(none_right, 2.12, 1319)  # 0 of 8 says little
+    lines = results.table([near], "mine")
+    assert lines[1][:7] == ["PIQA", "66.00", "1.00", "50.0", "1838", "–", "66.38 ≈"]
+
+
+def test_results_are_written_as_markdown_csv_and_json_with_the_third_party_apart(tmp_path):
+    score = results.Score("PIQA", 66.0, 1.0, 50.0, 1838, 1.25)
+    text = results.write(tmp_path, "mine", [score], {"Other": [["a"], ["b"]]}, {"limit": "all items"})
+    assert text == (tmp_path / "results.md").read_text()
+    assert "| ceval-valid | 25.19 | 24.44 |" in text and "minimind" in text and "| PIQA | 66.00 | 1.00 |" in text
+    assert (tmp_path / "results.csv").read_text().split("\n")[1].startswith("PIQA,66.00,1.00,50.0,1838,1.250,66.38")
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert told["rows"][0]["bits_per_byte"] == 1.25 and told["other"]["Other"] == [{"a": "b"}]
+
+
+# ---- Chinese instructions ----
+
+
+def test_the_chinese_set_has_at_least_100_prompts_and_knows_its_checks():
+    records = items.json_lines(ROOT / "data/instruct_zh.jsonl")
+    assert len(records) >= 100 and len({r["prompt"] for r in records}) == len(records)
+    kinds = {name for record in records for name, *_ in record["checks"]}
+    assert kinds == set(constraints.CHECKS)
+
+
+@pytest.mark.parametrize(
+    "check, obeyed, not_obeyed",
+    [
+        (["max_characters", 4], "北 京 好\n大", "北京好大了"),
+        (["min_characters", 4], "北京好大", "北 京 好"),
+        (["sentences", 2], "好。很好！", "好，很好。"),
+        (["lines", 2], "一\n\n二", "一二"),
+        (["numbered", 2], "1. 一\n2、二", "一\n二"),
+        (["bulleted", 2], "- 一\n- 二", "-一二"),
+        (["contains", "猫", "狗"], "猫和狗", "猫"),
+        (["without", "猫", "狗"], "鸟", "猫"),
+        (["times", "月", 2], "月月", "月"),
+        (["begins", "也许"], " 也许吧", "我也许"),
+        (["ends", "完。"], "说完。\n", "完。吗"),
+        (["json"], '```json\n{"name": "北京"}\n```', "{name: 北京}"),
+        (["quoted"], "“好”", "好"),
+        (["chinese"], "光合作用，2 次", "photosynthesis 是光合作用"),
+        (["english"], "It is big.", "It is 大"),
+        (["no_digits"], "三点", "3点"),
+        (["title"], "《春》\n花", "春\n花"),
+    ],
+)
+def test_a_constraint_tells_obedience_from_the_lack_of_it(check, obeyed, not_obeyed):
+    assert constraints.followed([check], obeyed) == [True]
+    assert constraints.followed([check], not_obeyed) == [False]
+    assert constraints.followed([check], " ") == [False]
