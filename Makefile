@@ -37,7 +37,10 @@ bench: install   ## the loss of the output head, timed on this CPU at the real s
 gpu: install     ## on a machine with a GPU: correctness, kernel table, throughput; fills what is "not measured"
 	$(BIN)/python kernels/bench/gpu.py
 
+verify-hub: install  ## with network and access: BAAI's published checkpoints load here, and score as their card says
+	$(BIN)/python -m aquila_sft.evaluation.verify_hub
+
 clean:           ## remove caches and the virtual environment; runs under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
 
-.PHONY: help install demo test test-fast chaos lint bench gpu clean
+.PHONY: help install demo test test-fast chaos lint bench gpu verify-hub clean
