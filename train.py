@@ -60,7 +60,15 @@ def main(words: list[str]) -> int:
 
             print(OmegaConf.to_yaml(cfg, resolve=True), end="")
             return DONE
-        importlib.import_module(f"aquila_sft.stages.{run.stage}").run(run, compose_run)
+        stage = importlib.import_module(f"aquila_sft.stages.{run.stage}")
+        if not run.evaluate:
+            stage.run(run, compose_run)
+        else:
+            from aquila_sft.stages import eval as evaluation
+
+            afterwards = evaluation.of_training(run, compose_run)  # a slip in it is answered before hours are spent
+            stage.run(run, compose_run)
+            evaluation.after_training(afterwards, compose_run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -417,6 +417,9 @@ class Generate:
             raise UserError(f"generate.repetition_penalty={self.repetition_penalty} must be more than 0; 1 is off")
 
 
+TRAINING = ("pretrain", "anneal", "sft", "sft_lora")
+
+
 @dataclass(kw_only=True)
 class Run:
     """What every run has."""
@@ -432,10 +435,13 @@ class Run:
     overwrite: bool = MISSING
     kernel: KernelChoice = MISSING
     debug: str | None = None
+    evaluate: dict[str, Any] | None = None  # at the end of training, recipe=eval on final/: {tasks: […], data: …}
 
     def check(self) -> None:
         if not re.fullmatch(r"[\w.+=-]+", self.run_name) or self.run_name in (".", ".."):
             raise UserError(f"run_name={self.run_name!r} must be one folder name of letters, digits, _ . + = -")
+        if self.evaluate is not None and self.recipe not in TRAINING:
+            raise UserError(f"evaluate= is for {', '.join(TRAINING)}; recipe={self.recipe} trains no model")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is outside 0 … {2**32 - 1}")
 

@@ -34,6 +34,7 @@ NOT_IDENTITY = {
     "run_name",
     "output_dir",
     "overwrite",
+    "evaluate",  # and what is in it
     "report_to",
     "recipe",
     "scale_is_explicit",
@@ -232,7 +233,8 @@ def refusal(path: Path, old: dict, new: dict) -> str:
 
 def identity_of(cfg: Any, **contents: str) -> dict:
     """Flat settings that can change the weights, and content hashes (`data=…, base=…, tokenizer=…`)."""
-    return {k: v for k, v in flat(plain(cfg)).items() if k not in NOT_IDENTITY} | contents
+    settings = flat(plain(cfg)).items()
+    return {k: v for k, v in settings if k not in NOT_IDENTITY and not k.startswith("evaluate.")} | contents
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

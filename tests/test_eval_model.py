@@ -227,7 +227,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def train(*words: str, cwd: Path) -> Done:
+def train(*words: str, cwd: Path, recipe: str = "eval") -> Done:
     """train.py in this process: the libraries are imported once."""
     spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
     program = importlib.util.module_from_spec(spec)
@@ -235,7 +235,7 @@ def train(*words: str, cwd: Path) -> Done:
     out, err, kept = io.StringIO(), io.StringIO(), dict(os.environ)
     try:
         with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = program.main(["recipe=eval", "scale=mini", *words])
+            status = program.main([f"recipe={recipe}", "scale=mini", *words])
     finally:
         os.environ.clear()
         os.environ.update(kept)
@@ -345,3 +345,17 @@ def test_a_model_without_a_tokenizer_is_one_line(folder, tmp_path):
     done = train(f"model.path={bare}", "eval.tasks=instruct_zh", cwd=tmp_path)
     assert done.returncode == 2 and "neither tokenizer.json nor qwen.tiktoken" in done.stderr
     assert len(done.stderr.strip().split("\n")) == 1, done.stderr
+
+
+def test_a_training_evaluates_what_it_made_if_asked(folder, tmp_path):
+    write_jsonl(tmp_path / "talk.jsonl", tiny_conversations(40))
+    words = [f"model.path={folder}", "data.files=talk.jsonl", "debug=smoke", "train.max_length=128"]
+    asked = f"evaluate={{tasks: [siqa,winogrande], data: {OWN}, limit: 2}}"
+    done = train(*words, asked, cwd=tmp_path, recipe="sft")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "outputs/mini/sft-smoke/eval/results.json").read_text())
+    assert [row["row"] for row in told["rows"]] == ["Winogrande", "SIQA"]
+    slip = train(*words, "evaluate={tasks: [sica]}", cwd=tmp_path, recipe="sft")
+    assert slip.returncode == 2 and "did you mean siqa?" in slip.stderr
+    other = train(f"model.path={folder}", "evaluate={tasks: [siqa]}", cwd=tmp_path)
+    assert other.returncode == 2 and "recipe=eval trains no model" in other.stderr

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import narration, prerequisites, run_dir, runtime
-from aquila_sft.config import EvalRun, Model
+from aquila_sft.config import EvalRun, Model, Run
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import benchmarks
 from aquila_sft.evaluation import items as read_items
@@ -18,7 +18,8 @@ from aquila_sft.stages.chat import find_model, is_local
 GPU_TOKENS, CPU_TOKENS = 65_536, 4_096  # of one forward pass
 
 
-def run(cfg: EvalRun, compose_run: Callable) -> None:
+def check(cfg: EvalRun) -> list[str]:
+    """The benchmarks that are asked for. Raises UserError where something they need is not given."""
     names = benchmarks.asked(cfg.eval.tasks)
     if any(name in benchmarks.GROUPS["card"] for name in names) and cfg.eval.data is None:
         raise UserError("eval.data is not set: add eval.data=hub, or eval.data=<folder with the benchmarks' files>")
@@ -26,6 +27,11 @@ def run(cfg: EvalRun, compose_run: Callable) -> None:
         raise UserError("eval.tasks=references reads conversations: add eval.references=<file, list or glob>")
     if cfg.eval.before is not None and "text" not in names:
         raise UserError(f"eval.before={cfg.eval.before} is compared on plain text: add text to eval.tasks=")
+    return names
+
+
+def run(cfg: EvalRun, compose_run: Callable) -> None:
+    names = check(cfg)
     narration.opening(cfg)
     prerequisites.fill(cfg, compose_run)
     models = [cfg.model.path, *([cfg.eval.before] if cfg.eval.before else [])]
@@ -42,6 +48,26 @@ def run(cfg: EvalRun, compose_run: Callable) -> None:
         found = measure(cfg, names, given, folder, before, out)
     if runtime.is_main():
         finish(cfg, out, folder, found, time.monotonic() - begun)
+
+
+def of_training(cfg: Run, compose_run: Callable) -> EvalRun:
+    """What `evaluate={tasks: […], …}` of a training asks for, checked."""
+
+    def word(value: object) -> str:
+        return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+    words = [f"eval.{key}={word(value)}" for key, value in cfg.evaluate.items()]
+    paths = [f"model.path={cfg.output_dir}/final", f"output_dir={cfg.output_dir}/eval"]
+    found = compose_run(["recipe=eval", f"scale={cfg.scale}", *paths, *words])
+    check(found)
+    return found
+
+
+def after_training(cfg: EvalRun, compose_run: Callable) -> None:
+    """In the main process alone: the others have done their part."""
+    if runtime.is_main():
+        with runtime.alone():
+            run(cfg, compose_run)
 
 
 def nothing():
