@@ -48,8 +48,7 @@ def next_tokens(golden: Path, out: Path) -> list[str]:
 
     given, differing = json.loads(golden.read_text("utf-8")), []
     for step, subfolder in given["subfolders"].items():
-        wanted = hub.Wanted(given["repo"], "model", None, (f"{subfolder}/*",), ("*.bin", "*.py"), subfolder)
-        folder = hub.fetch(wanted) / subfolder
+        folder = hub.model_folder(given["repo"], None, subfolder)
         tokenizer = load_tokenizer(folder, converted_to=out / "tokenizer")
         model = models.load(folder).eval()
         found = [line for prompt in given["prompts"] for line in compared(model, tokenizer, prompt, step)]

@@ -79,7 +79,7 @@ def nothing():
 def of_path(cfg: EvalRun) -> Model:
     import dataclasses
 
-    return dataclasses.replace(cfg.model, path=cfg.eval.before, revision=None)
+    return dataclasses.replace(cfg.model, path=cfg.eval.before, revision=None, subfolder=None)
 
 
 def read(cfg: EvalRun, names: list[str], out: Path) -> dict:
