@@ -312,3 +312,53 @@ def test_a_constraint_tells_obedience_from_the_lack_of_it(check, obeyed, not_obe
     assert constraints.followed([check], obeyed) == [True]
     assert constraints.followed([check], not_obeyed) == [False]
     assert constraints.followed([check], " ") == [False]
+
+
+# ---- from the Hub ----
+
+
+def test_an_archive_from_the_hub_reads_like_the_folder_that_is_in_it(tmp_path, monkeypatch):
+    import dataclasses
+    import zipfile
+
+    from aquila_sft import hub
+
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    with zipfile.ZipFile(snapshot / "ceval-exam.zip", "w") as archive:
+        for file in sorted((OWN / "ceval/val").glob("*.csv")):
+            archive.write(file, f"val/{file.name}")
+    monkeypatch.setattr(hub, "fetch", lambda wanted: snapshot)
+    benchmark, local = own_parts("ceval")
+    again = items.read(dataclasses.replace(benchmark), "hub", tmp_path / "cache", None)
+    assert [item for listed in again.values() for item in listed] == local
+
+
+def test_parquet_from_the_hub_with_all_subjects_in_one_file_reads_like_the_original_files(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    from aquila_sft import hub
+
+    benchmark, local = own_parts("mmlu")
+    rows = []
+    for part, source in benchmark.parts.items():
+        for _, record in items.records(OWN / "mmlu" / source.local[0], benchmark.columns):
+            choices, answer = [record[letter] for letter in "ABCD"], "ABCD".index(record["answer"])
+            subject = part.partition(":")[2]
+            rows.append({"question": record["question"], "subject": subject, "choices": choices, "answer": answer})
+    (tmp_path / "all/test").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all/test/0000.parquet")
+    monkeypatch.setattr(hub, "fetch", lambda wanted: tmp_path)
+    again = items.read(benchmark, "hub", tmp_path / "cache", None)
+    assert [item for listed in again.values() for item in listed] == local
+
+
+def test_items_are_written_for_another_harness_as_they_are_scored_here(tmp_path):
+    from aquila_sft.evaluation import export
+
+    listed = read_own("gsm8k")
+    export.write(tmp_path / "gsm8k.gsm8k/validation.jsonl", listed)
+    lines = items.json_lines(tmp_path / "gsm8k.gsm8k/validation.jsonl")
+    assert [line["prompt"] for line in lines] == [item.prompt for item in listed]
+    assert export.main(["only one"]) == 2
