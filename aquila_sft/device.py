@@ -86,7 +86,7 @@ def bf16_instructions() -> str:
 
 
 def choose_attention(asked: Attention, device: str, precision: Precision) -> tuple[str, str]:
-    """Packed rows need attention that keeps conversations apart; swap.settle proves it for the one chosen.
+    """Packed rows need attention that keeps conversations apart; settle.settle proves it for the one chosen.
 
     All of these isolate by position_ids. On a GPU flash and flex attention skip what a conversation cannot see, where
     sdpa computes and masks it; what that gains was not measured (kernels/bench/gpu.py does). Flex attention is compiled

@@ -1,7 +1,7 @@
 """Models in and out: build an architecture from numbers, load a folder strictly, save one that loads anywhere.
 
 transformers' own classes throughout. Published Aquila checkpoints are MistralForCausalLM with a sliding window that
-never bites, SmolLM2 is LlamaForCausalLM; any causal model whose loss is `lm_head(decoder(ids))` works (swap.py checks).
+never bites, SmolLM2 is LlamaForCausalLM; any causal model whose loss is `lm_head(decoder(ids))` works (settle.py).
 """
 
 import json

@@ -1,13 +1,12 @@
-"""Where a transformers model meets our kernels: norms and the loss path, replaced on the built model, proven there.
+"""Where a transformers model meets our kernels: norms and the loss path, replaced on the built model.
 
-    choose_kernel -> install (RMSNorm and the loss, counted) -> settle (each compared with the model's own arithmetic)
+    choose_kernel -> install (RMSNorm and the loss, counted) -> settle.py (compared with the model's own arithmetic)
 
 Nothing global is patched. Weights, their names, copies, adapters and saved files stay what they were.
 """
 
 import functools
 import types
-from contextlib import AbstractContextManager
 
 import torch
 from aquila_kernels.choice import is_interpreted, why_not_triton
@@ -20,7 +19,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from aquila_sft import runtime
 from aquila_sft.data.rows import IGNORE
-from aquila_sft.errors import Stopped, UserError
+from aquila_sft.errors import UserError
 
 
 def choose_kernel(asked: str, device: str) -> tuple[str, str]:
@@ -38,9 +37,6 @@ def choose_kernel(asked: str, device: str) -> tuple[str, str]:
 def base_of(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside a PEFT one, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-# ---- replacing ----
 
 
 class TritonNorm:
@@ -64,13 +60,31 @@ NORMS = {
 }
 
 
+NOT_WITH_TARGETS = (
+    "labels",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "output_hidden_states",
+    "output_attentions",
+)
+
+
 def install(model: torch.nn.Module, kernel: str, *, asked: bool = False) -> None:
     """Replace norms (kernel "triton" only) and the loss path of a built model, before or after PEFT; twice is once.
 
     `asked`: kernel=triton was asked for, so a model whose norms are not known here is refused; else it keeps them.
-    Raises UserError where norms are more, fewer or others than expected, and for a head that is no plain matrix.
+    The last one's kernel holds. Raises UserError where norms are more, fewer or others than expected, for a head that
+    is no plain matrix in memory, and where a hook, an own forward or virtual tokens would not be heeded.
     """
+    if kernel not in ("triton", "torch"):
+        raise UserError(f"kernel={kernel!r} cannot be installed; use triton or torch, as choose_kernel() says")
     base = base_of(model)
+    refuse_what_the_loss_would_not_heed(model, base)
+    if kernel == "torch":
+        for norm in base.modules():
+            if isinstance(norm, TritonNorm):
+                norm.__class__ = type(norm).__bases__[1]  # the stock class
     if kernel == "triton":
         name = type(base).__name__
         classes = next((classes for kind, classes in NORMS.items() if isinstance(base, kind)), None)
@@ -79,6 +93,19 @@ def install(model: torch.nn.Module, kernel: str, *, asked: bool = False) -> None
         told = f"{install_norms(base, *classes)} norms and the loss" if classes else f"the loss; {name} keeps its norms"
         runtime.say(f"  Triton's kernels compute {told}")
     install_loss(base, kernel)
+
+
+def refuse_what_the_loss_would_not_heed(model: torch.nn.Module, base: torch.nn.Module) -> None:
+    head_weight(base)
+    name, head = type(base).__name__, base.get_output_embeddings()
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise UserError(f"a hook on the output head of {name} would never run: the loss reads the head's matrix alone")
+    own = vars(base).get("forward")
+    where = getattr(own, "__globals__", {}).get("__name__", type(own).__name__)  # __module__ may be the wrapped one's
+    if own and "swapped" not in vars(base) and not where.startswith("trl."):  # TRL's loss is ours to replace
+        raise UserError(f"this {name} has a forward of its own ({where}), which the loss would pass over")
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise UserError("virtual tokens (PEFT's prompt learning) are not supported with targets; use LoRA")
 
 
 def install_norms(base: torch.nn.Module, stock: type, ours: type) -> int:
@@ -97,38 +124,69 @@ def install_norms(base: torch.nn.Module, stock: type, ours: type) -> int:
 
 
 def install_loss(base: torch.nn.Module, kernel: str) -> None:
-    """After this, model(input_ids, position_ids, targets=…) returns `loss`: the sum of -log p over targets.
+    """After this, model(input_ids=…, position_ids=…, targets=…) returns `loss`: the sum of -log p over targets.
 
     targets int64 [B, T]: what each position has to predict (labels shifted left), -100 where nothing. With
     per_token=True, `loss` is fp32 [B, T], 0 where ignored, without gradients. Without targets the forward is the
     class's own, so generation is unchanged. A PEFT or DDP wrapper around the model passes the arguments through.
     """
-    head_weight(base)
     own_forward = type(base).forward
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
     def forward(self, *args, targets: Tensor | None = None, per_token: bool = False, **kwargs):
         if targets is None:
             return own_forward(self, *args, **kwargs)
-        given = (decode(self, *args, **kwargs), head_weight(self), targets.flatten())
+        refuse_arguments(targets, *args, **kwargs)
+        given = (decode(self, **kwargs), head_weight(self), targets.flatten())
         if per_token:
             return CausalLMOutput(loss=-linear_log_probs(*given, kernel=kernel).view_as(targets))
         return CausalLMOutput(loss=linear_cross_entropy(*given, reduction="sum", kernel=kernel))
 
     base.forward = types.MethodType(forward, base)
+    base.swapped = Swapped()
+
+
+class Swapped:
+    """On every swapped model. Pickle would look `forward` up by name and find the class's own, which drops targets."""
+
+    def __deepcopy__(self, memo) -> "Swapped":
+        return self
+
+    def __reduce__(self):
+        raise UserError("a model with our loss cannot be pickled; use save_pretrained(), load it and install() again")
+
+
+def refuse_arguments(targets: Tensor, *args, **given) -> None:
+    """With targets there are no logits, caches or tuples. PEFT passes None for what was not asked, Trainers False."""
+    if args:
+        raise UserError("with targets= every argument is a keyword; use model(input_ids=…, position_ids=…, targets=…)")
+    values = {name: given.get(name) for name in NOT_WITH_TARGETS}
+    wanted = [name for name, value in values.items() if torch.is_tensor(value) or value not in (None, False, 0)]
+    wanted += ["return_dict=False"] if given.get("return_dict") is False else []
+    if wanted:
+        raise UserError(f"{', '.join(wanted)} cannot be had together with targets, which give the loss alone")
+    ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+    expected = embedded.shape[:2] if ids is None else ids.shape
+    if targets.shape != expected:
+        raise UserError(
+            f"targets {list(targets.shape)} do not fit the input's {list(expected)} (rows, tokens); virtual tokens "
+            "(PEFT's prompt learning) are not supported"
+        )
 
 
 def head_weight(base: torch.nn.Module) -> Tensor:
     """The output head's matrix, PEFT's trained copy of it where there is one."""
-    head = base.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if not isinstance(getattr(head, "weight", None), Tensor) or getattr(head, "bias", None) is not None:
         raise UserError(f"{type(base).__name__} has no plain linear output head; its loss cannot be computed here")
     if hasattr(head, "base_layer"):
         raise UserError("an adapter on the output head would not be trained: the loss reads the head's own matrix")
+    if head.weight.is_meta:
+        raise UserError("the output head's matrix is not in memory (offloaded, or never loaded); keep it on the device")
     return head.weight
 
 
-def decode(base, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **given) -> Tensor:
+def decode(base, *, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **given) -> Tensor:
     """The decoder's last hidden states [B * T, H], made without a cache."""
     if base.config._attn_implementation.startswith("flash") and position_ids is not None and attention_mask is None:
         # Flash attention tells packed conversations apart in a batch of one row only: lay the rows end to end. Each
@@ -137,7 +195,7 @@ def decode(base, input_ids=None, attention_mask=None, position_ids=None, inputs_
         input_ids = None if input_ids is None else input_ids.reshape(1, -1)
         inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[None]
     given |= dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-    given = {k: v for k, v in given.items() if v is not None} | {"use_cache": False}
+    given = {k: v for k, v in given.items() if v is not None} | {"use_cache": False, "return_dict": True}
     return base.base_model(inputs_embeds=inputs_embeds, **given).last_hidden_state.flatten(0, 1)
 
 
@@ -146,104 +204,3 @@ def targets_of(labels: Tensor) -> Tensor:
     targets = torch.full_like(labels, IGNORE)
     targets[:, :-1] = labels[:, 1:]
     return targets
-
-
-# ---- proving ----
-
-
-def settle(model: torch.nn.Module, device: str, autocast: AbstractContextManager, *, asked: bool) -> str:
-    """Prove a model that is about to train, in the arithmetic it trains in; the attention that it then has.
-
-    An attention that leaks or does not run is refused where it was `asked` for; where `auto` chose it, sdpa takes its
-    place, and that is said. Whatever else is wrong raises UserError.
-    """
-    base, was_training = base_of(model), model.training
-    attention = base.config._attn_implementation
-    model.eval()
-    try:
-        check(model, device, autocast)
-    except Exception as error:  # flash-attn and compilers raise errors of their own
-        if attention == "sdpa" or isinstance(error, Stopped):
-            raise
-        base.set_attn_implementation("sdpa")
-        check(model, device, autocast)  # raises again what was not the attention's fault
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        if asked:
-            raise UserError(f"train.attention={attention}: {why}; use train.attention=sdpa") from None
-        runtime.say(f"  attention sdpa instead of {attention}: {why}")
-    model.train(was_training)
-    return base.config._attn_implementation
-
-
-def check(model: torch.nn.Module, device: str, autocast: AbstractContextManager) -> None:
-    check_loss(model, device, autocast)
-    check_norms(model, device)
-    check_isolation(model, device, autocast)
-
-
-def check_norms(model: torch.nn.Module, device: str) -> None:
-    """Each norm of ours computes what its stock class does, forward and backward."""
-    size = torch.tensor([[1e-3], [1.0], [300.0]])  # of the rows: eps counts in the first
-    for name, norm in model.named_modules():
-        if not isinstance(norm, TritonNorm):
-            continue
-        x, dy = (probe(3, len(norm.weight), seed=seed).to(device, norm.weight.dtype) for seed in (0, 1))
-        x = (x * size.to(x)).requires_grad_()
-        wanted = [x, norm.weight] if norm.weight.requires_grad else [x]
-        with torch.enable_grad():
-            pair = norm(x), super(TritonNorm, norm).forward(x)
-        ours, theirs = ([y, *torch.autograd.grad(y, wanted, dy)] for y in pair)
-        tolerance = 1e-4 if x.dtype == torch.float32 else 2e-2  # sums in another order; bf16 rounds at 2^-8
-        if any(not (a - b).norm() <= tolerance * b.norm() for a, b in zip(ours, theirs, strict=True)):
-            raise UserError(f"kernel=triton: {name} does not compute what its stock class does; use kernel=torch")
-
-
-@torch.no_grad()
-def check_loss(model: torch.nn.Module, device: str, autocast: AbstractContextManager) -> None:
-    """Our loss equals the model's own on a few random tokens; a model that scales its logits is refused."""
-    ids = probe_ids(model, (2, 12)).to(device)
-    with autocast:
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        ours = model(input_ids=ids, targets=targets_of(ids)).loss
-    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    if not torch.isfinite(plain):
-        raise UserError("the base model's outputs are not finite numbers: its weights are damaged")
-    if not (ours.float() - plain).abs() <= 1e-2 * plain.abs():  # bf16 products round at 2^-8, sums are fp32
-        raise UserError(
-            f"{type(base_of(model)).__name__} does more to its logits than its output head does: our loss is "
-            f"{ours.item():.4f}, its own {plain.item():.4f}; this architecture is not supported"
-        )
-
-
-def check_isolation(model: torch.nn.Module, device: str, autocast: AbstractContextManager) -> float:
-    """Two conversations in one row are what each is alone, forward and backward; the largest relative difference.
-
-    Row 0 holds first and second, row 1 second and first: what stands first in a row is alone. Raises UserError for an
-    attention that lets one see the other.
-    """
-    base = base_of(model)
-    attention = base.config._attn_implementation
-    n, m = (80, 48) if attention == "flex_attention" else (9, 7)  # below 128 tokens flex runs another kernel
-    ids = [probe_ids(model, (length,), seed=length) for length in (n, m)]
-    positions = [torch.arange(length) for length in (n, m)]
-    ids, positions = (torch.stack([torch.cat(p), torch.cat(p[::-1])]).to(device) for p in (ids, positions))
-    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
-    with torch.enable_grad(), autocast:
-        hidden = decode(base, inputs_embeds=embedded, position_ids=positions).float().view(embedded.shape)
-        upstream = probe(m, hidden.shape[-1]).to(device)
-        ((hidden[0, n:] + hidden[1, :m]) * upstream).sum().backward(inputs=[embedded])
-    pairs = [(hidden[1, m:], hidden[0, :n]), *((t[0, n:], t[1, :m]) for t in (hidden, embedded.grad))]
-    difference = max(((packed - alone).abs().max() / alone.abs().max()).item() for packed, alone in pairs)
-    if not difference < 0.05:  # a leak changes them by their own size, rounding in bf16 by 1 %
-        raise UserError(
-            f"attention {attention} does not keep packed conversations apart (they differ by {difference:.0%})"
-        )
-    return difference
-
-
-def probe(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def probe_ids(model: torch.nn.Module, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randint(base_of(model).config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

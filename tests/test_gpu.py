@@ -152,7 +152,7 @@ def test_rms_norm_on_a_gpu_is_the_reference_in_float64(hidden, dtype, tolerance)
 def test_a_swapped_model_on_a_gpu_agrees_with_the_stock_one_and_isolates(attention):
     from transformers import MistralConfig, MistralForCausalLM
 
-    from aquila_sft import swap
+    from aquila_sft import settle, swap
 
     sizes = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     config = MistralConfig(num_hidden_layers=2, vocab_size=5003, attn_implementation=attention, **sizes)
@@ -160,4 +160,4 @@ def test_a_swapped_model_on_a_gpu_agrees_with_the_stock_one_and_isolates(attenti
     swap.install(model, "triton", asked=True)
     for enabled in (False, True):
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=enabled)
-        assert swap.settle(model, "cuda", autocast, asked=True) == attention
+        assert settle.settle(model, "cuda", autocast, asked=True) == attention

@@ -8,23 +8,32 @@ import copy
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import accelerate
 import gradients_worker
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from swap_worker import batch
 from tensors_made import LargestTensors
 from tiny import tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -35,7 +44,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from aquila_sft import device, swap
+from aquila_sft import device, settle, swap
 from aquila_sft.config import Attention, Precision
 from aquila_sft.errors import Stopped, UserError
 
@@ -224,7 +233,7 @@ def test_adapters_train_alike_installed_before_or_after(wearing, install_first, 
     kinds = {type(m) for m in net.modules() if "Norm" in type(m).__name__}
     assert kinds == {swap.TritonMistralRMSNorm}  # copies that PEFT made too
     assert_trains_alike(net, reference)
-    swap.check(net, "cpu", nullcontext())
+    settle.check(net, "cpu", nullcontext())
 
 
 def test_an_adapter_on_the_head_is_refused_before_and_after():
@@ -410,7 +419,7 @@ def test_a_norm_that_computes_something_else_is_found_before_training(monkeypatc
     from aquila_kernels import rms_norm as kernels
 
     net = swapped()
-    swap.settle(net, "cpu", nullcontext(), asked=False)
+    settle.settle(net, "cpu", nullcontext(), asked=False)
     stock = kernels.rms_norm
     for wrong in (
         lambda x, w, eps, kernel: stock(x, w, eps * 2, kernel=kernel),
@@ -418,7 +427,7 @@ def test_a_norm_that_computes_something_else_is_found_before_training(monkeypatc
     ):
         monkeypatch.setattr(kernels, "rms_norm", wrong)
         with pytest.raises(UserError, match="model.layers.0.input_layernorm does not compute what"):
-            swap.settle(net, "cpu", nullcontext(), asked=False)
+            settle.settle(net, "cpu", nullcontext(), asked=False)
 
 
 def test_a_model_that_scales_its_logits_is_refused():
@@ -432,21 +441,156 @@ def test_a_model_that_scales_its_logits_is_refused():
     net.__class__ = Scaled
     swap.install(net, "torch")
     with pytest.raises(UserError, match="does more to its logits"):
-        swap.check_loss(net, "cpu", nullcontext())
+        settle.check_loss(net, "cpu", nullcontext())
 
 
 def test_a_loss_that_is_no_number_is_refused(monkeypatch):
     net = swapped()
     monkeypatch.setattr(swap, "linear_cross_entropy", lambda *args, **kwargs: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="our loss is nan"):
-        swap.settle(net, "cpu", nullcontext(), asked=False)
+        settle.settle(net, "cpu", nullcontext(), asked=False)
 
 
 def test_a_base_of_nans_is_told_so():
     net = swapped()
     net.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite numbers"):
-        swap.settle(net, "cpu", nullcontext(), asked=False)
+        settle.settle(net, "cpu", nullcontext(), asked=False)
+
+
+@pytest.mark.parametrize(
+    "model, config, settings",
+    [
+        (GraniteForCausalLM, GraniteConfig, dict(logits_scaling=8.0)),
+        (CohereForCausalLM, CohereConfig, dict(logit_scale=1 / 16)),
+        (Gemma2ForCausalLM, Gemma2Config, dict(final_logit_softcapping=30.0, head_dim=16, attn_implementation="eager")),
+    ],
+    ids=["granite", "cohere", "gemma2"],
+)
+def test_a_fresh_model_that_scales_or_caps_its_logits_is_refused(model, config, settings):
+    torch.manual_seed(0)
+    net = model(config(**SIZES | dict(pad_token_id=0, initializer_range=0.01) | settings))
+    swap.install(net, "torch")
+    settle.check_loss(net, "cpu", nullcontext())  # near uniform logits the loss does not tell
+    with pytest.raises(UserError, match=f"^{model.__name__} does more to its logits .*; this architecture is not supp"):
+        settle.check(net, "cpu", nullcontext())
+
+
+def test_a_swapped_model_is_not_pickled_without_its_loss(tmp_path):
+    net = swapped()
+    for save in (pickle.dumps, lambda net: torch.save(net, io.BytesIO()), lambda net: pickle.dumps(copy.deepcopy(net))):
+        with pytest.raises(UserError, match=r"^a model with our loss cannot be pickled; use save_pretrained\(\)"):
+            save(net)
+    again = LlamaForCausalLM(LlamaConfig(**SIZES))
+    assert type(pickle.loads(pickle.dumps(again))) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize("first", ["install", "offload"])
+def test_an_offloaded_head_is_refused(first, tmp_path):
+    for offload in (accelerate.cpu_offload, partial(accelerate.disk_offload, offload_dir=tmp_path)):
+        net = built()
+        if first == "install":
+            swap.install(net, "torch")
+        offload(net)
+        with pytest.raises(UserError, match="the output head's matrix is not in memory"):
+            swap.install(net, "torch") if first == "offload" else net(**batch())
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(targets=batch()["targets"].T), r"^targets \[12, 2\] do not fit the input's \[2, 12\]"),
+        (dict(targets=batch()["targets"].flatten()), r"^targets \[24\] do not fit"),
+        (dict(targets=batch()["targets"][:, 1:]), r"^targets \[2, 11\] do not fit"),
+        (dict(labels=batch()["input_ids"]), "^labels cannot be had together with targets"),
+        (dict(output_hidden_states=True), "^output_hidden_states cannot"),
+        (dict(output_attentions=True), "^output_attentions cannot"),
+        (dict(logits_to_keep=1), "^logits_to_keep cannot"),
+        (dict(logits_to_keep=torch.tensor([0])), "^logits_to_keep cannot"),
+        (dict(use_cache=True), "^use_cache cannot"),
+        (dict(past_key_values=DynamicCache()), "^past_key_values cannot"),
+        (dict(return_dict=False), "^return_dict=False cannot"),
+    ],
+)
+def test_what_targets_cannot_give_is_an_error(change, said):
+    net = built()
+    swap.install(net, "torch")
+    with pytest.raises(UserError, match=said):
+        net(**batch() | change)
+
+
+def test_what_trainers_and_peft_pass_by_default_changes_nothing():
+    net = built()
+    swap.install(net, "torch")
+    nothing = dict.fromkeys(("labels", "output_attentions", "output_hidden_states", "past_key_values", "return_dict"))
+    loss = net(**batch()).loss
+    assert torch.equal(net(**batch(), **nothing, use_cache=False, logits_to_keep=0).loss, loss)
+    assert torch.equal(net(**batch(), return_dict=True).loss, loss)
+    net.config.return_dict = False
+    assert torch.equal(net(**batch()).loss, loss)
+
+
+def test_with_targets_arguments_are_keywords_and_without_them_in_the_stock_order():
+    net, given = built(), batch()
+    swap.install(net, "torch")
+    with pytest.raises(UserError, match="^with targets= every argument is a keyword"):
+        net(given["input_ids"], None, given["position_ids"], targets=given["targets"])
+    ours = net(given["input_ids"], None, given["position_ids"]).logits
+    assert torch.equal(ours, built()(given["input_ids"], None, given["position_ids"]).logits)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_the_head_is_refused(hook):
+    net = built()
+    getattr(net.lm_head, hook)(lambda *_: None)
+    with pytest.raises(UserError, match="^a hook on the output head of MistralForCausalLM would never run"):
+        swap.install(net, "torch")
+
+
+def test_a_forward_of_the_instances_own_is_refused():
+    net = built()
+    stock = net.forward
+    net.forward = lambda *args, **kwargs: stock(*args, **kwargs)
+    with pytest.raises(UserError, match=r"^this MistralForCausalLM has a forward of its own \(.*test_swap\)"):
+        swap.install(net, "torch")
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_before_and_after(config):
+    config = config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UserError, match="^virtual tokens .* are not supported with targets"):
+        swap.install(get_peft_model(built(), config), "torch")
+    net = built()
+    swap.install(net, "torch")
+    with pytest.raises(UserError, match="virtual tokens .* are not supported|^past_key_values cannot"):
+        get_peft_model(net, config)(**batch())
+
+
+def test_what_is_no_causal_model_with_a_plain_head_is_refused():
+    net = built(tied=False)
+    net.set_output_embeddings(torch.nn.Sequential(net.lm_head))
+    for model in (torch.nn.Linear(2, 2), net):
+        with pytest.raises(UserError, match="has no plain linear output head"):
+            swap.install(model, "torch")
+
+
+def test_the_kernel_installed_last_holds_and_an_unknown_one_is_refused(monkeypatch):
+    net, used = swapped(), []
+    stock = swap.linear_cross_entropy
+    monkeypatch.setattr(
+        swap,
+        "linear_cross_entropy",
+        lambda *args, kernel, **kw: used.append(kernel) or stock(*args, kernel=kernel, **kw),
+    )
+    for kernel, ours in (("torch", 0), ("triton", 5)):
+        swap.install(net, kernel)
+        assert sum(isinstance(m, swap.TritonNorm) for m in net.modules()) == ours
+        net.zero_grad()
+        assert_trains_alike(net, built())
+    assert used == ["torch", "triton"]
+    for unknown in ("cuda", "auto"):
+        with pytest.raises(UserError, match=f"^kernel='{unknown}' cannot be installed; use triton or torch"):
+            swap.install(net, unknown)
 
 
 # ---- which kernel ----
@@ -519,13 +663,13 @@ def attend(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packed_conversations_are_what_each_is_alone(kind, attention):
     net = swapped(kind, attn_implementation=attention)
-    assert swap.check_isolation(net, "cpu", nullcontext()) < 1e-5
-    assert swap.check_isolation(net, "cpu", torch.autocast("cpu", torch.bfloat16)) < 0.02
+    assert settle.check_isolation(net, "cpu", nullcontext()) < 1e-5
+    assert settle.check_isolation(net, "cpu", torch.autocast("cpu", torch.bfloat16)) < 0.02
     given = batch()
     packed = net(**given, per_token=True).loss[:, 7:]
     alone = net(**{name: t[:, 7:] for name, t in given.items()}, per_token=True).loss
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
-    assert swap.settle(net.train(), "cpu", nullcontext(), asked=True) == attention
+    assert settle.settle(net.train(), "cpu", nullcontext(), asked=True) == attention
     assert net.training and all(p.grad is None for p in net.parameters())  # a run begins as if nothing had been
 
 
@@ -547,19 +691,19 @@ def test_flex_attention_masks_packed_conversations_as_sdpa_does(monkeypatch):
 
 def test_an_attention_that_leaks_is_refused_where_asked_for_and_replaced_where_auto_chose_it(attend, capsys):
     with pytest.raises(UserError, match="attention leaky does not keep packed conversations apart"):
-        swap.check_isolation(attend("leaky", leaky), "cpu", nullcontext())
+        settle.check_isolation(attend("leaky", leaky), "cpu", nullcontext())
     with pytest.raises(UserError, match="train.attention=leaky: attention leaky does not keep.*use train.attention="):
-        swap.settle(attend("leaky", leaky), "cpu", nullcontext(), asked=True)
+        settle.settle(attend("leaky", leaky), "cpu", nullcontext(), asked=True)
     net = attend("leaky", leaky)
-    assert swap.settle(net, "cpu", nullcontext(), asked=False) == "sdpa" == net.config._attn_implementation
+    assert settle.settle(net, "cpu", nullcontext(), asked=False) == "sdpa" == net.config._attn_implementation
     assert "attention sdpa instead of leaky: attention leaky does not keep packed conv" in capsys.readouterr().out
     assert_trains_alike(net, built())
 
 
 def test_an_attention_that_does_not_run_is_refused_where_asked_for_and_replaced_where_auto_chose_it(attend, capsys):
     with pytest.raises(UserError, match="^train.attention=broken: no kernel image is available; use train.attention="):
-        swap.settle(attend("broken", broken), "cpu", nullcontext(), asked=True)
-    assert swap.settle(attend("broken", broken), "cpu", nullcontext(), asked=False) == "sdpa"
+        settle.settle(attend("broken", broken), "cpu", nullcontext(), asked=True)
+    assert settle.settle(attend("broken", broken), "cpu", nullcontext(), asked=False) == "sdpa"
     assert "attention sdpa instead of broken: no kernel image is available\n" in capsys.readouterr().out
 
 
@@ -568,20 +712,20 @@ def test_a_signal_during_the_check_stops_the_run(attend):
         raise Stopped("SIGTERM")
 
     with pytest.raises(Stopped):
-        swap.settle(attend("stopped", stopped), "cpu", nullcontext(), asked=False)
+        settle.settle(attend("stopped", stopped), "cpu", nullcontext(), asked=False)
 
 
 def test_what_is_not_the_attentions_fault_is_not_blamed_on_it(attend, capsys):
     net = attend("leaky", leaky)
     net.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="^the base model's outputs are not finite numbers"):
-        swap.settle(net, "cpu", nullcontext(), asked=True)
+        settle.settle(net, "cpu", nullcontext(), asked=True)
     assert "instead of" not in capsys.readouterr().out
 
 
 def test_flash_attention_gets_its_rows_laid_end_to_end_and_isolates_them(attend):
     net = attend("flash_attention_2", flash)
-    assert swap.check_isolation(net, "cpu", nullcontext()) < 1e-5
+    assert settle.check_isolation(net, "cpu", nullcontext()) < 1e-5
     assert_trains_alike(net, built())
     assert net(**batch(), per_token=True).loss.shape == (2, 12)
     with pytest.raises(AssertionError):  # which rows as they are would not do

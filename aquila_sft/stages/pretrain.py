@@ -84,7 +84,7 @@ def train(
     import torch
     import transformers
 
-    from aquila_sft import device, evaluate, pretrain, swap
+    from aquila_sft import device, evaluate, pretrain, settle, swap
     from aquila_sft.data.loader import Loader
     from aquila_sft.data.text_rows import TextRows
     from aquila_sft.log import MetricsFile
@@ -156,7 +156,7 @@ def train(
             eval_steps=eval_steps,
         )
         asked = cfg.train.attention is not Attention.auto
-        attention = swap.settle(net, trainer.accelerator.device, autocast(), asked=asked)
+        attention = settle.settle(net, trainer.accelerator.device, autocast(), asked=asked)
         if is_compiled(cfg, choices):
             pretrain.compile_layers(net)
         if newest:

@@ -110,7 +110,7 @@ def train(
     import torch
     import transformers
 
-    from aquila_sft import chat_template, device, evaluate, swap
+    from aquila_sft import chat_template, device, evaluate, settle
     from aquila_sft.log import MetricsFile
     from aquila_sft.plan import Plan
     from aquila_sft.schedule import remarks
@@ -163,7 +163,7 @@ def train(
     if newest:
         trainer.guard.restore(run_dir.read_json(newest / GUARD))
     asked = cfg.train.attention is not Attention.auto
-    attention = swap.settle(net, choices.device, autocast(), asked=asked)
+    attention = settle.settle(net, choices.device, autocast(), asked=asked)
     if runtime.is_main():
         out.begin()
     stop.finish_step = True
