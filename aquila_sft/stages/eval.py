@@ -124,7 +124,7 @@ def load_scorer(cfg: EvalRun, folder: Path, out: Path):
 
     from aquila_sft import device as devices
     from aquila_sft import model as models
-    from aquila_sft import swap
+    from aquila_sft import settle, swap
     from aquila_sft.evaluation.journal import Journal
     from aquila_sft.evaluation.scorer import Scorer, Settings, autocast_of
     from aquila_sft.tokenizer import load_tokenizer, tokenizer_sha256
@@ -142,7 +142,8 @@ def load_scorer(cfg: EvalRun, folder: Path, out: Path):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     model.to(device)
     swap.install(model, kernel, asked=cfg.kernel.value == "triton")
-    swap.check_loss(model, device, autocast_of(device, precision.value)())
+    for check in (settle.check_head, settle.check_loss):
+        check(model, device, autocast_of(device, precision.value)())
     identity = {
         "model": run_dir.folder_sha256(folder, "*.safetensors", "config.json"),
         "tokenizer": tokenizer_sha256(tokenizer),

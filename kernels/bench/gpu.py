@@ -80,7 +80,7 @@ def throughput(args: argparse.Namespace) -> list[dict]:
     """Forward, backward and AdamW of the real model, bf16 autocast, packed rows of 2,048 tokens; median of 10 steps."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    from aquila_sft import swap
+    from aquila_sft import settle, swap
     from aquila_sft.errors import UserError
 
     length, rows = 2048, []
@@ -104,7 +104,7 @@ def throughput(args: argparse.Namespace) -> list[dict]:
                     )
                 ).cuda()
                 swap.install(model, swap.choose_kernel("auto", "cuda")[0])
-                swap.check_isolation(model, "cuda", torch.autocast("cuda", torch.bfloat16))
+                settle.check_isolation(model, "cuda", torch.autocast("cuda", torch.bfloat16))
             except (UserError, ImportError, RuntimeError, ValueError) as error:
                 rows.append(told | {"tokens_per_s": f"not possible: {str(error).splitlines()[0][:80]}"})
                 break
