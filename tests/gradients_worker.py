@@ -64,7 +64,7 @@ def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str
         )
         trainer.add_callback(Take())
         trainer.train()
-    return {"gradients": taken, "loss": trainer.state.log_history[0]["loss"]}
+    return {"gradients": taken, "loss": next((line["loss"] for line in trainer.metrics.read() if "loss" in line), None)}
 
 
 def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
