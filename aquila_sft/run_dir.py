@@ -111,9 +111,9 @@ class RunDir:
     @contextlib.contextmanager
     def recorded(self, cfg: Any) -> Iterator[None]:
         """summary.json tells how the run stands, whatever ends it: running, done, stopped or failed."""
-        if runtime.is_main():
-            self.write_summary(cfg, "running")
         try:
+            if runtime.is_main():
+                self.write_summary(cfg, "running")
             yield
         except BaseException as error:
             if runtime.is_main():
