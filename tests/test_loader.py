@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from shard_files import write_part
 
 from aquila_sft import runtime
 from aquila_sft.config import PretrainTrain
@@ -13,7 +14,7 @@ from aquila_sft.data import loader as loaders
 from aquila_sft.data.consumed import Consumed, recount
 from aquila_sft.data.loader import Loader
 from aquila_sft.data.mixture import MixtureOrder
-from aquila_sft.data.shards import Part, PartWriter
+from aquila_sft.data.shards import Part
 from aquila_sft.data.text_rows import TextRows
 from aquila_sft.errors import UserError
 from aquila_sft.plan import Plan
@@ -28,10 +29,9 @@ def parts(tmp_path_factory):
     random = np.random.default_rng(0)
     for name in ("a.en", "b.zh"):
         about = {"vocab_size": 1000, "tokenizer_sha256": "x", "source": name[0], "language": name[2:]}
-        with PartWriter(folder / name, shard_tokens=500, **about) as writer:
-            for _ in range(60):
-                writer.add([1, *random.integers(3, 1000, random.integers(5, 40)), 2], 10)
-        found.append(TextRows(Part(name, writer.paths), LENGTH))
+        documents = (([1, *random.integers(3, 1000, random.integers(5, 40)), 2], 10) for _ in range(60))
+        paths = write_part(folder / name, documents, shard_tokens=500, **about)
+        found.append(TextRows(Part(name, paths), LENGTH))
     return found
 
 

@@ -19,12 +19,13 @@ import pytest
 import torch
 import warm
 from safetensors.torch import load_file
+from shard_files import write_part
 from tiny import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aquila_sft import checkpoint, pretrain, proof
 from aquila_sft.data.rows import IGNORE
-from aquila_sft.data.shards import PartWriter, Prepared
+from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.data.text_rows import TextRows, batch
 from aquila_sft.errors import UserError
 
@@ -204,14 +205,9 @@ def test_bits_per_byte_are_those_of_plain_logits(unbroken, shards):
 
 def test_rows_hold_every_token_once_and_restart_positions_at_documents(tmp_path):
     documents = [[1, 10, 11, 2], [1, 12, 13, 14, 15, 2], [1, 16, 2]]
-    folder = tmp_path / "train" / "a.en"
     about = {"vocab_size": 20, "tokenizer_sha256": "x", "source": "a", "language": "en"}
-    with PartWriter(folder, shard_tokens=5, **about) as writer:
-        for ids in documents:
-            writer.add(ids, 3)
-    from aquila_sft.data.shards import Part
-
-    rows = TextRows(Part("a.en", writer.paths), 4)
+    paths = write_part(tmp_path / "train/a.en", ((ids, 3) for ids in documents), shard_tokens=5, **about)
+    rows = TextRows(Part("a.en", paths), 4)
     assert len(rows) == 4
     made = batch([(rows, r) for r in range(4)] + [None], 4, pad_id=0)
     assert made["input_ids"].tolist() == [[1, 10, 11, 2], [1, 12, 13, 14], [15, 2, 1, 16], [2, 0, 0, 0], [0, 0, 0, 0]]

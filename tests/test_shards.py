@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shard_files import write_part
 
 from aquila_sft import checkpoint
 from aquila_sft.data import shards, text_rows
-from aquila_sft.data.shards import BLOCK, Part, PartWriter, Prepared, Shard, ShardWriter, verify
+from aquila_sft.data.shards import BLOCK, Part, Prepared, Shard, ShardWriter, verify
 from aquila_sft.data.text_rows import TextRows
 from aquila_sft.errors import UserError
 
@@ -24,10 +25,7 @@ def some_documents(count: int, longest: int, *, vocab_size: int = 70_000, seed: 
 
 
 def written(folder: Path, documents: list[np.ndarray], shard_tokens: int, **about) -> list[Path]:
-    with PartWriter(folder, shard_tokens=shard_tokens, **(ABOUT | about)) as writer:
-        for ids in documents:
-            writer.add(ids, 3 * len(ids))
-    return writer.paths
+    return write_part(folder, ((ids, 3 * len(ids)) for ids in documents), shard_tokens=shard_tokens, **(ABOUT | about))
 
 
 def one_shard(path: Path, documents: list[np.ndarray], **about) -> Path:
@@ -248,8 +246,8 @@ def test_a_file_that_was_not_copied_whole_is_refused(large, tmp_path):
 
 
 def test_what_is_interrupted_leaves_no_shard(tmp_path):
-    with pytest.raises(KeyboardInterrupt), PartWriter(tmp_path, shard_tokens=10, **ABOUT) as writer:
-        writer.add(np.arange(12), 1)
+    one_shard(tmp_path / "00000.shard", [np.arange(12)])
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "00001.shard", **ABOUT) as writer:
         writer.add(np.arange(5), 1)
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["00000.shard"]

@@ -1,6 +1,6 @@
 """Tokenized documents in files that prove they are whole, read at random places at the speed of memory.
 
-    documents -> PartWriter -> ShardWriter -> train/wiki.zh/00000.shard, 00001.shard, …
+    documents of one shard (text_set.plan says which) -> ShardWriter -> train/wiki.zh/00000.shard
     folder -> Prepared -> Part, all shards of one source and language as one stream -> tokens, document beginnings
 
     magic, version, size and crc32 of the header | header, JSON | tokens, document ends | crc32s | sha256
@@ -33,7 +33,6 @@ PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the header, crc32 o
 ALIGNED = 64
 BLOCK = 2**16
 FOOTER = hashlib.sha256().digest_size
-SUFFIX = ".shard"
 AGAIN = "copy it again, or make it again with recipe=prepare"
 MOST_MAPPED = 256  # shards of a process that are mapped at once: each holds a file descriptor
 
@@ -121,35 +120,6 @@ class ShardWriter:
         os.fsync(self.file.fileno())
         os.replace(self.aside, self.path)
         checkpoint.sync(self.path.parent)
-
-
-class PartWriter:
-    """All shards of one source and language; each is closed at the first document end after `shard_tokens`."""
-
-    def __init__(self, folder: Path, *, shard_tokens: int, **about) -> None:
-        self.folder, self.shard_tokens, self.about = folder, shard_tokens, about
-        self.documents, self.tokens, self.text_bytes = 0, 0, 0
-        self.paths: list[Path] = []
-        self.writer: ShardWriter | None = None
-
-    def __enter__(self) -> "PartWriter":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.writer:
-            self.writer.__exit__(*error)
-
-    def add(self, ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
-        if self.writer is None:
-            self.paths.append(self.folder / f"{len(self.paths):05d}{SUFFIX}")
-            self.writer = ShardWriter(self.paths[-1], **self.about).__enter__()
-        self.writer.add(ids, text_bytes)
-        self.documents += 1
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
-        if self.writer.tokens >= self.shard_tokens:
-            full, self.writer = self.writer, None
-            full.__exit__(None)
 
 
 class Shard:
