@@ -68,7 +68,7 @@ def of_run(folder: Path) -> str:
     except OSError:
         raise UserError(f"{folder}: no config.yaml there; give the directory of a run of recipe=pretrain") from None
     cfg = door.load(OmegaConf.create(settings | {"scale_is_explicit": True}))  # it passed that check when it began
-    newest = max((folder / "checkpoints").glob("step-[0-9]*"), key=checkpoint.step_of, default=None)
+    newest = next(reversed(checkpoint.all_of(folder / "checkpoints")), None)
     if cfg.stage != "pretrain" or newest is None:
         raise UserError(f"{folder} has no checkpoint of recipe=pretrain or anneal")
     prepared = Prepared(Path(cfg.data.shards))

@@ -73,13 +73,14 @@ def set_threads(world_size: int = 1) -> int:
     if "OMP_NUM_THREADS" in os.environ and not launched():
         return torch.get_num_threads()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    threads = (
-        max(1, len(os.sched_getaffinity(0)) // local)
-        if hasattr(os, "sched_getaffinity")
-        else (max(1, (os.cpu_count() or 1) // local))
-    )
+    threads = max(1, cores() // local)
     torch.set_num_threads(threads)
     return threads
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Kept while the process lives. Without a launcher that holds the store (srun), the main process does, and closing it

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ class Step:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f"{ASIDE}{target.name}-{os.uname().nodename}-{os.getpid()}")
-        remove(aside)
+        checkpoint.remove(aside)
         try:
             self.make(work, task, aside)
             for path in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
@@ -78,14 +77,7 @@ class Step:
                 os.rename(aside, target)
                 checkpoint.sync(target.parent)
         finally:
-            remove(aside)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            checkpoint.remove(aside)
 
 
 def slice_tasks(work: Work) -> list[str]:

@@ -24,7 +24,7 @@ def run(work: Work, policy: PreparePolicy) -> None:
     """All steps, here and now."""
     from tqdm import tqdm
 
-    workers = policy.workers or cores()
+    workers = policy.workers or runtime.cores()
     for step in STEPS:
         tasks = step.tasks(work)
         left = [task for task in tasks if not step.target(work, task).exists()]
@@ -74,10 +74,6 @@ def one_thread() -> None:
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def with_datatrove(work: Work, policy: PreparePolicy) -> None:
     """All steps as datatrove pipelines: here, or submitted to Slurm, where a step's jobs wait for those before."""
     try:
@@ -94,8 +90,8 @@ def with_datatrove(work: Work, policy: PreparePolicy) -> None:
         about = {"logging_dir": str(fresh(work.folder / "logs" / step.name)), "skip_completed": False}
         pipeline = [DatatroveStep(step.name, work)]
         if policy.slurm is None:
-            tasks = policy.tasks or policy.workers or cores()
-            LocalPipelineExecutor(pipeline, tasks=tasks, workers=policy.workers or cores(), **about).run()
+            tasks = policy.tasks or policy.workers or runtime.cores()
+            LocalPipelineExecutor(pipeline, tasks=tasks, workers=policy.workers or runtime.cores(), **about).run()
             continue
         jobs = policy.slurm
         before = SlurmPipelineExecutor(

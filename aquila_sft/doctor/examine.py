@@ -20,6 +20,7 @@ from aquila_sft.config import PrepareRun, PretrainRun, Run, SftRun, TextData
 from aquila_sft.data import documents, packing, sft_set, sources
 from aquila_sft.data.ledger import Ledger, NothingLeft
 from aquila_sft.errors import UserError
+from aquila_sft.log import MetricsFile
 
 
 class Absent(Exception):
@@ -55,7 +56,7 @@ def take(run: Run, before: dict[str, Run]) -> list[str]:
 
 def newest_step(out: Path) -> Path | None:
     """The newest checkpoint by name; whether it is whole is for the run to find out, which may move it aside."""
-    return max(out.glob("checkpoints/step-[0-9]*"), key=checkpoint.step_of, default=None)
+    return next(reversed(checkpoint.all_of(out / "checkpoints")), None)
 
 
 def state_of(run: Run) -> tuple[str, list[str]]:
@@ -132,25 +133,17 @@ def rate_at(base: Path) -> float | None:
     """The learning rate that a checkpoint was left at, from the metrics.jsonl of its run; None where there is none."""
     is_step = base.name.startswith("step-")
     run = base.parent.parent if is_step else base.parent
-    logged = [m for m in metrics(run) if "lr" in m and (not is_step or m["step"] <= checkpoint.step_of(base))]
+    logged = [
+        m
+        for m in MetricsFile.lines(run / "metrics.jsonl")
+        if "lr" in m and (not is_step or m["step"] <= checkpoint.step_of(base))
+    ]
     return logged[-1]["lr"] if logged else None
-
-
-def metrics(run: Path) -> list[dict]:
-    """metrics.jsonl of a run; a line that a kill cut off is not one."""
-    found = []
-    if (run / "metrics.jsonl").is_file():
-        for line in (run / "metrics.jsonl").read_text("utf-8").split("\n"):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return found
 
 
 def tokens_per_s(run: Path) -> float | None:
     """The median of what a run logged, its first step left out: that one warms up."""
-    logged = [m["tokens_per_s"] for m in metrics(run) if "tokens_per_s" in m][1:]
+    logged = [m["tokens_per_s"] for m in MetricsFile.lines(run / "metrics.jsonl") if "tokens_per_s" in m][1:]
     return float(np.median(logged)) if logged else None
 
 

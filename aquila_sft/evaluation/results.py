@@ -16,7 +16,6 @@ from aquila_sft.evaluation.items import Item
 
 CARD = Path(__file__).parents[2] / "data" / "card_results.yaml"
 TWO_SIDED_95 = 1.96
-AVERAGES = ("Average-English", "Average-Chinese", "Average")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 model -> items -> scorer with its journal -> lm-eval -> results.md, results.csv, results.json, answers.jsonl
 """
 
+import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -38,10 +40,10 @@ def run(cfg: EvalRun, compose_run: Callable) -> None:
     runtime.settle(offline=cfg.eval.data != "hub" and all(map(is_local, models)))
     out = Path(cfg.output_dir)
     run_dir.make_folder(out)
-    with runtime.StopSignal(), run_dir.locked(out) if runtime.is_main() else nothing():
+    with runtime.StopSignal(), run_dir.locked(out) if runtime.is_main() else contextlib.nullcontext():
         with runtime.main_process_first():
             folder = find_model(cfg.model, cfg.scale)
-            before = find_model(of_path(cfg), cfg.scale) if cfg.eval.before else None
+            before = find_model(model_before(cfg), cfg.scale) if cfg.eval.before else None
             given = read(cfg, names, out)
         join_processes()
         begun = time.monotonic()
@@ -70,15 +72,7 @@ def after_training(cfg: EvalRun, compose_run: Callable) -> None:
             run(cfg, compose_run)
 
 
-def nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def of_path(cfg: EvalRun) -> Model:
-    import dataclasses
-
+def model_before(cfg: EvalRun) -> Model:
     return dataclasses.replace(cfg.model, path=cfg.eval.before, revision=None, subfolder=None)
 
 

@@ -157,7 +157,7 @@ def prepare(
     out.begin()
     shutil.rmtree(out.final, ignore_errors=True)
     for left in [folder / "shards" / checkpoint.MANIFEST, *(folder / "shards").rglob(f"{steps.ASIDE}*")]:
-        steps.remove(left)  # what a run was writing when it was killed
+        checkpoint.remove(left)  # what a run was writing when it was killed
     shutil.copytree(folder / "tokenizer", folder / "shards" / "tokenizer", dirs_exist_ok=True)
     checkpoint.commit(
         folder / "shards",
