@@ -200,9 +200,8 @@ class Bpe:
 
     vocab_size: int = MISSING  # all entries, the special ones included
     max_token_bytes: int = MISSING  # no longer entry is learnt; a Chinese character has three bytes
-    max_han_run: int = (
-        MISSING  # characters: longer runs of Han are cut for training, or each would be a word of its own
-    )
+    # characters: longer runs of Han are cut for training, or each would be a word of its own
+    max_han_run: int = MISSING
     min_frequency: int = MISSING  # a pair seen less often is not merged
     max_bytes: int | None = None  # text used, languages balanced; null: all of it
     memory_gb: float | None = None  # stop when more would be needed; null: what this machine has free
@@ -247,9 +246,7 @@ class PreparePolicy:
     """How documents become shards."""
 
     clean: CleanPolicy = MISSING
-    near_duplicates: float | None = (
-        None  # documents this alike (Jaccard, 5-grams) are copies; null: only equal ones are
-    )
+    near_duplicates: float | None = None  # documents this alike (Jaccard, 5-grams) are copies; null: equal ones alone
     decontaminate: str | None = None  # folder of benchmark items; null: nothing is checked
     ngram_words: int = MISSING  # that a document shares with an item of a benchmark
     ngram_characters: int = MISSING  # the same for Chinese items

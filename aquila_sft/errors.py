@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after a checkpoint was written; the same command goes on from there."""
+    """A signal ended the run, or it waits for jobs that it submitted; the same command goes on from what is there."""
 
 
 def disk_fault(error: Exception) -> str | None:

@@ -39,9 +39,8 @@ class DocumentLedger(Ledger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dropped: collections.Counter = (
-            collections.Counter()
-        )  # (source, language, reason, "documents" | "text_bytes")
+        # of (source, language, reason, "documents" | "text_bytes")
+        self.dropped: collections.Counter = collections.Counter()
 
     def refuse(self, reason: str, language: str, source: str, where: str, text_bytes: int = 0) -> None:
         super().refuse(reason, language, source, where)

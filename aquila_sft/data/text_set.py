@@ -25,7 +25,7 @@ from aquila_sft.data.documents import Document
 from aquila_sft.data.shards import ShardWriter, token_dtype
 from aquila_sft.errors import UserError
 
-FORMAT = 2  # raise it when a change here, in clean.py or duplicates.py changes the shards
+FORMAT = 2  # raise it when a change of the code, here or in what steps.py calls, changes the shards
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 4096  # what is tokenized in one call
 PIECE_CHARACTERS = 2**19  # longer documents are tokenized in pieces: an Encoding takes about 100 bytes a token
 

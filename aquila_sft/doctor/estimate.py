@@ -1,4 +1,4 @@
-"""What a run will take: memory by part, disk, time; arithmetic alone, from the architecture and the portions.
+"""What a run will take: memory by part, and disk; arithmetic alone, from the architecture and the portions.
 
     Shape, Portion -> memory() -> parts and peak; disk() -> bytes
 
@@ -193,11 +193,8 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     mlp = 4 * n * (2 * h + 2 * shape.intermediate_size)  # gradients on their way through a layer
     moments_of_step = [  # gradients, activations, logits
         (buckets + before + head, kept + around, logits),  # the loss is computed, with its gradients
-        (
-            buckets + before + 2 * head,
-            kept + around,
-            0,
-        ),  # backward begins: those gradients times the upstream one are new
+        # backward begins: those gradients times the upstream one are new
+        (buckets + before + 2 * head, kept + around, 0),
         (buckets + before + head, kept + again + mlp, 0),  # the last layer's backward begins
         # backward ends: all gradients, and a tied matrix has two that are then added; before the last micro-batch's
         # are added to those before, three

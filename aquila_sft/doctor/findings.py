@@ -2,7 +2,7 @@
 
     rates of all steps, settings, figures of the data -> checks -> [Finding, …]
 
-Nothing here reads a file or knows a recipe by name; stages/check.py gathers what is looked at. A check knows no single
+Nothing here reads a file or knows a recipe by name; examine.py gathers what is looked at. A check knows no single
 mistake: it states what holds of every sound run. The rates, for one, are looked at as a curve, wherever they come from.
 """
 

@@ -10,8 +10,6 @@ from aquila_sft.doctor import examine
 from aquila_sft.doctor.view import View
 from aquila_sft.errors import UserError
 
-# ---- text ----
-
 
 def look_at_tokenizer(view: View) -> None:
     run: TokenizerRun = view.run

@@ -35,9 +35,8 @@ class ItemTask(Task):
     VERSION = 1
 
     def __init__(self, name: str, items: Sequence, requests_of: Callable, outcome_of: Callable) -> None:
-        logging.getLogger("lm_eval").setLevel(
-            logging.ERROR
-        )  # it warns of settings that a task like this has no use for
+        # it warns of settings that a task like this has no use for
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         super().__init__()
         self._config = TaskConfig(task=name, num_fewshot=0, output_type="multiple_choice")
         self.items, self.requests_of, self.outcome_of = list(items), requests_of, outcome_of
