@@ -245,7 +245,8 @@ def texts(data: TextData, scale: str, sample: int) -> Documents:
         if not all(path.is_file() for listed in paths.values() for path in listed):
             raise Absent("the bundled world, written by the run")
     elif data.files is None:
-        raise Absent("text: give data.files=<files>")
+        corpora = ", ".join(name for name, weight in (getattr(data, "corpora", None) or {}).items() if weight)
+        raise Absent(f"the corpora {corpora} from the Hub" if corpora else "text: give data.files=<files>")
     else:
         paths = documents.find(data, Path())  # writes nothing where files are given
     ledger, sampled, languages = Ledger(), [], Counter()
