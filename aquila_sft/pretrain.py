@@ -142,7 +142,7 @@ class Trainer:
                 logs = done % train.logging_steps == 0 or done in (1, last_step) or stopped
                 if not (evaluates or keeps or saves or logs):
                     continue
-                if (crossed := int(self.guard.crossed)) >= 0 or saves and not self.is_finite():
+                if (crossed := int(self.guard.crossed)) >= 0 or (saves or keeps) and not self.is_finite():
                     return self.roll_back(done, crossed)
                 if logs:
                     self.log(done, window, update, bar)
@@ -159,7 +159,8 @@ class Trainer:
                 if stopped:
                     self.saver.finish()
                     bar.close()
-                    raise Stopped(f"{self.stop.name}; step {done} of {last_step} is saved, the same command goes on")
+                    why = self.stop.name or "a signal to another process"
+                    raise Stopped(f"{why}; step {done} of {last_step} is saved, the same command goes on")
         return last_step
 
     def step(self, loaded: Loaded) -> Update:
@@ -305,6 +306,10 @@ class Trainer:
             return False
         # to the CPU first: "cpu:0", as Accelerate names it among several processes, is nothing torch.load knows
         state = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+        # the moments alone: rate, betas and decay are this run's, an anneal's may differ from its trunk's
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        for theirs, ours in zip(state["param_groups"], own, strict=True):
+            theirs |= ours
         self.optimizer.load_state_dict(state)
         return True
 

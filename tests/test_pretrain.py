@@ -428,6 +428,7 @@ def test_several_anneals_branch_off_one_trunk(unbroken, shards, tmp_path):
         "linear": ("data.sources={wiki: 1}",),
         "root": ("data.sources={wiki: 1}", "schedule.kind=one_minus_sqrt"),
         "notes": ("data.sources={notes: 1}",),
+        "settings": ("data.sources={wiki: 1}", "optim.weight_decay=0.5", "optim.betas=[0.8,0.9]", "optim.eps=1e-3"),
     }
     for name, more in branches.items():
         done = run(*words(shards, tmp_path / name, *base, *more, recipe="anneal"))
@@ -446,6 +447,10 @@ def test_several_anneals_branch_off_one_trunk(unbroken, shards, tmp_path):
     assert rates[1] == pytest.approx([3e-3 * (1 - math.sqrt(k / 3)) for k in range(3)])
     assert not same_weights(tmp_path / "linear/final", tmp_path / "root/final")
     assert not same_weights(tmp_path / "linear/final", tmp_path / "notes/final")
+    # the moments are the trunk's, the settings each branch's own
+    state = torch.load(tmp_path / "settings/checkpoints/step-000003/optimizer.pt", weights_only=True)
+    asked = [(group["weight_decay"], group["betas"], group["eps"]) for group in state["param_groups"]]
+    assert asked == [(0.5, (0.8, 0.9), 1e-3), (0.0, (0.8, 0.9), 1e-3)]
 
 
 def test_the_same_command_reuses_a_finished_run_and_another_is_refused(unbroken, shards):
