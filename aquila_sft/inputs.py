@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from aquila_sft import hub, run_dir, runtime
-from aquila_sft.config import SftRun
+from aquila_sft.config import SftRun, Tokenizer
 from aquila_sft.data import sources, world
 from aquila_sft.errors import UserError
 
@@ -81,6 +81,15 @@ def find_inputs(cfg: SftRun) -> Inputs:
             "commit": hub.commit_of(base) if hub.needs_hub(cfg.model.path) else None,
         }
     return Inputs(base, vocabulary, files, origin, questions)
+
+
+def named_vocabulary(tokenizer: Tokenizer) -> Path:
+    """The rank file or folder that tokenizer.ranks or tokenizer.path names. Raises UserError where it is not there."""
+    key = "ranks" if tokenizer.ranks else "path"
+    path = Path(getattr(tokenizer, key)).expanduser()
+    if not path.exists() or path.is_dir() != (key == "path"):
+        raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
+    return path
 
 
 def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):

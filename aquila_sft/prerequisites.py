@@ -86,21 +86,6 @@ def open_needs(cfg: Run) -> bool:
     return False
 
 
-def set_paths(cfg: Run, runs: dict[str, Run]) -> None:
-    """The outputs of the recipes before, where `cfg` names none of its own."""
-    match cfg:
-        case PrepareRun() if not has_tokenizer(cfg):
-            cfg.tokenizer.path = made(runs["tokenizer"], cfg)
-        case PretrainRun():
-            cfg.data.shards = cfg.data.shards or made(runs["prepare"], cfg)
-            if cfg.recipe == "anneal" and cfg.model.path is None:
-                cfg.model.path = made(runs["pretrain"], cfg)
-        case SftRun() if cfg.model.path is None:
-            cfg.model.path = made(runs["anneal"], cfg)
-        case ChatRun() | EvalRun() if cfg.model.path is None:
-            cfg.model.path = made(runs["sft"], cfg)
-
-
 def made(run: Run, needed_by: Run) -> str:
     """The folder that a finished recipe left: for an anneal the last checkpoint, with its moments, else final/."""
     if not is_finished(run):
@@ -115,6 +100,21 @@ def made(run: Run, needed_by: Run) -> str:
         if newest and checkpoint.step_of(newest) == last:  # else final/, whose weights are those of the last step
             return str(newest)
     return str(out.final)
+
+
+def set_paths(cfg: Run, runs: dict[str, Run], output: Callable[[Run, Run], str | None] = made) -> None:
+    """The outputs of the recipes before, where `cfg` names none of its own; output(run, cfg): what a run left."""
+    match cfg:
+        case PrepareRun() if not has_tokenizer(cfg):
+            cfg.tokenizer.path = output(runs["tokenizer"], cfg)
+        case PretrainRun():
+            cfg.data.shards = cfg.data.shards or output(runs["prepare"], cfg)
+            if cfg.recipe == "anneal" and cfg.model.path is None:
+                cfg.model.path = output(runs["pretrain"], cfg)
+        case SftRun() if cfg.model.path is None:
+            cfg.model.path = output(runs["anneal"], cfg)
+        case ChatRun() | EvalRun() if cfg.model.path is None:
+            cfg.model.path = output(runs["sft"], cfg)
 
 
 GIVEN_BY = {

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import warm
 from dying import INSTANTS
-from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import SENTENCES, TINY_ARCHITECTURE, tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 
 DYING = Path(__file__).with_name("dying.py")
 # For the server too, which reads them when it imports: threads that spin starve each other on a busy machine, and a run
@@ -88,12 +88,7 @@ class World:
                 "data.sources": "{english: 1, chinese: 1}",
                 "train.max_steps": 8,
                 "train.total_tokens": "null",
-                "model.hidden_size": 32,
-                "model.intermediate_size": 64,
-                "model.num_attention_heads": 2,
-                "model.num_key_value_heads": 1,
-                "model.head_dim": 16,
-                "model.num_hidden_layers": 2,
+                **TINY_ARCHITECTURE,
             }
             if recipe == "anneal":
                 words["model.path"] = self.unbroken["pretrain"] / "checkpoints/step-000006"

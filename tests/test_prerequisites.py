@@ -74,6 +74,14 @@ def test_at_the_real_scale_what_a_recipe_before_left_is_used_whatever_its_settin
     assert (cfg.data.shards, cfg.model.path) == (str(prepared / "final"), str(trained / "final"))
 
 
+@pytest.mark.parametrize("recipe", ["eval", "chat"])
+def test_a_model_is_evaluated_and_talked_to_where_tuning_left_it(recipe):
+    tuned = finished("sft")
+    cfg = train.compose_run([f"recipe={recipe}", "scale=135m"])
+    prerequisites.fill(cfg, train.compose_run)
+    assert cfg.model.path == str(tuned / "final")
+
+
 def test_a_path_that_is_given_is_kept():
     finished("prepare")
     cfg = train.compose_run(["recipe=anneal", "scale=135m", "model.path=mine"])

@@ -20,7 +20,7 @@ import torch
 import warm
 from safetensors.torch import load_file
 from shard_files import write_part
-from tiny import SENTENCES, tiny_tokenizer
+from tiny import SENTENCES, TINY_ARCHITECTURE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aquila_sft import checkpoint, pretrain, proof
@@ -95,12 +95,7 @@ def words(shards, out, *more, recipe="pretrain") -> list[str]:
         "train.intermediate_steps": 5,
         "train.precision": "fp32",
         "optim.lr": 3e-3,
-        "model.hidden_size": 32,
-        "model.intermediate_size": 64,
-        "model.num_attention_heads": 2,
-        "model.num_key_value_heads": 1,
-        "model.head_dim": 16,
-        "model.num_hidden_layers": 2,
+        **TINY_ARCHITECTURE,
     }
     settings |= dict(word.split("=", 1) for word in more)
     return [f"{key}={value}" for key, value in settings.items()]

@@ -73,6 +73,17 @@ for name in names:
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_203|>", "<|extra_204|>"]
 
 
+# The smallest model that trains in a whole run, as words of its command.
+TINY_ARCHITECTURE = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_attention_heads": 2,
+    "model.num_key_value_heads": 1,
+    "model.head_dim": 16,
+    "model.num_hidden_layers": 2,
+}
+
+
 def tiny_tokenizer(folder: Path):
     """A fast tokenizer of about two thousand entries, saved in `folder` by save_tokenizer and returned.
 

@@ -75,30 +75,20 @@ class Loader:
     @classmethod
     def of_run(cls, cfg: PretrainRun, prepared: Prepared, *, device: str, pad_id: int) -> "Loader":
         """The loader of a run's settings over the shards that its mixture asks for. Raises UserError."""
-        shares = mixture.shares(
-            {name: (p.source, p.language, p.tokens) for name, p in prepared.parts.items()},
-            cfg.data.languages,
-            cfg.data.sources,
-        )
+        order = mixture.order_of_run(cfg, prepared)
         leave_out = cfg.data.damaged_blocks is DamagedBlocks.leave_out
-        parts = {
-            name: TextRows(prepared.parts[name], cfg.train.max_length, leave_out_damaged=leave_out) for name in shares
-        }
-        rows = {name: len(of_part) for name, of_part in parts.items()}
-        order = MixtureOrder(rows, shares, block_rows=cfg.data.block_rows, seed=cfg.seed, stage=cfg.recipe)
-        plan = Plan(cfg.train, sum(rows.values()), device, is_smoke=cfg.debug == "smoke")
-        loader = cls(plan, order, list(parts.values()), cfg.train.max_length, pad_id, pin=device == "cuda")
+        parts = [
+            TextRows(prepared.parts[name], cfg.train.max_length, leave_out_damaged=leave_out) for name in order.parts
+        ]
+        plan = Plan(cfg.train, int(order.rows.sum()), device, is_smoke=cfg.debug == "smoke")
+        loader = cls(plan, order, parts, cfg.train.max_length, pad_id, pin=device == "cuda")
         loader.check_epochs(cfg.data.max_epochs)
         return loader
 
     def check_epochs(self, max_epochs: float) -> None:
         """No source is repeated more often than data.max_epochs allows, up to the run's end."""
-        for name, epochs in self.order.epochs(self.place(self.plan.steps)).items():
-            if epochs > max_epochs:
-                raise UserError(
-                    f"{name} would be gone through {epochs:.1f} times and data.max_epochs={max_epochs:g}: "
-                    "train shorter, lower its weight, add text, or raise data.max_epochs"
-                )
+        for line in mixture.repeated_too_often(self.order.epochs(self.place(self.plan.steps)), max_epochs):
+            raise UserError(line)
 
     def load(self, step: int) -> Loaded:
         share = self.plan.rows_per_step // runtime.world_size()

@@ -13,6 +13,8 @@ import hashlib
 
 import numpy as np
 
+from aquila_sft.config import PretrainRun
+from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import UserError
 
 ROUNDS = 6
@@ -59,6 +61,29 @@ class MixtureOrder:
     def epochs(self, places: int) -> dict[str, float]:
         """How often every part is gone through in the first `places`."""
         return {name: n / rows for (name, n), rows in zip(self.drawn(places).items(), self.rows.tolist(), strict=True)}
+
+
+def shares_of_run(run: PretrainRun, prepared: Prepared) -> dict[str, float]:
+    """Share of tokens of every part that the run asks for."""
+    parts = {name: (part.source, part.language, part.tokens) for name, part in prepared.parts.items()}
+    return shares(parts, run.data.languages, run.data.sources)
+
+
+def order_of_run(run: PretrainRun, prepared: Prepared) -> MixtureOrder:
+    """The order of a run over its shards. Raises UserError."""
+    rows = {name: -(-part.tokens // run.train.max_length) for name, part in prepared.parts.items()}
+    of_parts = shares_of_run(run, prepared)
+    return MixtureOrder(rows, of_parts, block_rows=run.data.block_rows, seed=run.seed, stage=run.recipe)
+
+
+def repeated_too_often(epochs: dict[str, float], max_epochs: float) -> list[str]:
+    """A line for every part that would be gone through more often than data.max_epochs allows."""
+    return [
+        f"{name} would be gone through {times:.1f} times and data.max_epochs={max_epochs:g}: train shorter, lower its "
+        "weight, add text, or raise data.max_epochs"
+        for name, times in epochs.items()
+        if times > max_epochs
+    ]
 
 
 def block_counts(shares: dict[str, float], block_rows: int) -> np.ndarray:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft import checkpoint, hub, prerequisites, run_dir
-from aquila_sft.config import PrepareRun, PretrainRun, Run, SftRun, TextData
+from aquila_sft.config import PretrainRun, Run, SftRun, TextData
 from aquila_sft.data import documents, packing, sft_set, sources
 from aquila_sft.data.ledger import Ledger, NothingLeft
 from aquila_sft.errors import UserError
+from aquila_sft.inputs import named_vocabulary
 from aquila_sft.log import MetricsFile
 
 
@@ -40,18 +41,18 @@ def needs(run: Run, compose_run: prerequisites.ComposeRun) -> dict[str, Run]:
 
 def take(run: Run, before: dict[str, Run]) -> list[str]:
     """Set the paths that finished recipes before `run` would set; the names of those that are not finished."""
-    done = {name: other for name, other in before.items() if prerequisites.is_finished(other)}
-    finals = {name: str(Path(other.output_dir) / "final") for name, other in done.items()}
-    match run:
-        case PrepareRun() if not prerequisites.has_tokenizer(run):
-            run.tokenizer.path = finals.get("tokenizer")
-        case PretrainRun():
-            run.data.shards = run.data.shards or finals.get("prepare")
-            if run.recipe == "anneal" and run.model.path is None and "pretrain" in done:
-                run.model.path = str(newest_step(Path(done["pretrain"].output_dir)) or finals["pretrain"])
-        case SftRun() if run.model.path is None:
-            run.model.path = finals.get("anneal")
-    return [name for name in before if name not in done]
+    if before:
+        prerequisites.set_paths(run, before, output_of)
+    return [name for name, other in before.items() if not prerequisites.is_finished(other)]
+
+
+def output_of(made: Run, needed_by: Run) -> str | None:
+    """What a recipe before left, None if it is not finished; for an anneal a checkpoint."""
+    if not prerequisites.is_finished(made):
+        return None
+    out = Path(made.output_dir)
+    newest = newest_step(out) if needed_by.recipe == "anneal" and made.recipe == "pretrain" else None
+    return str(newest or out / "final")
 
 
 def newest_step(out: Path) -> Path | None:
@@ -97,11 +98,7 @@ def tokenizer_of(folder: Path):
 
 def tokenizer_asked_for(run: Run):
     """What tokenizer.path or tokenizer.ranks names."""
-    key = "ranks" if run.tokenizer.ranks else "path"
-    path = Path(getattr(run.tokenizer, key)).expanduser()
-    if not path.exists() or path.is_dir() != (key == "path"):
-        raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
-    return tokenizer_of(path)
+    return tokenizer_of(named_vocabulary(run.tokenizer))
 
 
 def base_of(run: PretrainRun | SftRun) -> Path | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 from aquila_sft.config import Lora, Model, Optim, Schedule, ScheduleKind, Train
+from aquila_sft.data.mixture import repeated_too_often
 from aquila_sft.doctor.curve import Curve
 from aquila_sft.doctor.estimate import Shape
 
@@ -327,10 +328,5 @@ def of_disk(one: int, all_of_it: int, free: int | None) -> Iterator[Finding]:
 
 
 def of_epochs(epochs: dict[str, float], limit: float) -> Iterator[Finding]:
-    for name, times in epochs.items():
-        if times > limit:
-            yield error(
-                "epochs",
-                f"{name} would be gone through {times:.1f} times and data.max_epochs={limit:g}: train shorter, "
-                "lower its weight, add text, or raise data.max_epochs",
-            )
+    for line in repeated_too_often(epochs, limit):
+        yield error("epochs", line)

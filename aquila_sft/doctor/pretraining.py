@@ -1,6 +1,5 @@
 """recipe=pretrain and recipe=anneal on paper: shards, vocabulary and mixture, and what all training has."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,11 +24,11 @@ def look_at_pretrain(view: View) -> None:
     shape = shape_of(view, base, len(tokenizer) if tokenizer else None)
     if base and tokenizer:
         view.attempt(compare_vocabularies, run, base, tokenizer)
-    order = view.attempt(order_of, run, prepared) if prepared else None
+    order = view.attempt(mixture.order_of_run, run, prepared) if prepared else None
     plan = look_at_training(view, shape, int(order.rows.sum()) if order else None, data_of(run, order))
     if plan and order:
         epochs = order.epochs(plan.places)
-        for name, share in mixture_of(run, prepared).items():
+        for name, share in mixture.shares_of_run(run, prepared).items():
             view.say("data", f"{name}: {share:.1%} of the tokens, {epochs[name]:.2f} epoch(s)")
         view.add(findings.of_epochs(epochs, run.data.max_epochs))
     if base and run.recipe == "anneal":
@@ -85,14 +84,3 @@ def compare_vocabularies(run: PretrainRun, base: Path, tokenizer) -> None:
             f"model.path={run.model.path} has another vocabulary ({len(own):,} entries) than data.shards="
             f"{run.data.shards} ({len(tokenizer):,}); prepare them with tokenizer.path={base}"
         )
-
-
-def mixture_of(run: PretrainRun, prepared: Prepared) -> dict[str, float]:
-    parts = {name: (part.source, part.language, part.tokens) for name, part in prepared.parts.items()}
-    return mixture.shares(parts, run.data.languages, run.data.sources)
-
-
-def order_of(run: PretrainRun, prepared: Prepared) -> mixture.MixtureOrder:
-    rows = {name: math.ceil(part.tokens / run.train.max_length) for name, part in prepared.parts.items()}
-    shares = mixture_of(run, prepared)
-    return mixture.MixtureOrder(rows, shares, block_rows=run.data.block_rows, seed=run.seed, stage=run.recipe)

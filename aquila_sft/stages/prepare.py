@@ -17,6 +17,7 @@ from aquila_sft.data import documents
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
+from aquila_sft.inputs import named_vocabulary
 
 VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
 # Nothing here is drawn or computed with the first two; the others say who works, and on how much at a time.
@@ -48,16 +49,12 @@ def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
 
 def find_vocabulary(cfg: PrepareRun) -> Path:
     """The rank file or the tokenizer's folder."""
-    key = "ranks" if cfg.tokenizer.ranks else "path"
-    chosen = getattr(cfg.tokenizer, key)
-    if chosen is None:
+    if not (cfg.tokenizer.ranks or cfg.tokenizer.path):
         raise UserError(
             "recipe=prepare needs a tokenizer: add tokenizer.path=<folder>, or tokenizer=aquila "
             "tokenizer.ranks=<qwen.tiktoken> for the published vocabulary"
         )
-    path = Path(chosen).expanduser()
-    if not path.exists() or path.is_dir() != (key == "path"):
-        raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
+    path = named_vocabulary(cfg.tokenizer)
     if path.is_dir() and not files_of(path):
         raise UserError(f"tokenizer.path={path} holds no vocabulary (none of {', '.join(VOCABULARY_FILES)})")
     return path
