@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import warm
 from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 
 from aquila_sft.errors import UserError
@@ -197,11 +198,14 @@ def test_damaged_weights_are_one_line(parts, tmp_path):
 
 def worker(folder, out, kill_after=0, processes=1) -> list[dict]:
     out.mkdir(exist_ok=True)
-    words = [str(ROOT / "tests/eval_worker.py"), str(folder), str(out), str(kill_after)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    script, words = ROOT / "tests/eval_worker.py", [str(folder), str(out), str(kill_after)]
     paths = [ROOT, ROOT / "kernels", ROOT / "tests"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *words], env=env, capture_output=True, text=True, timeout=300)
+    if processes == 1:
+        done = warm.run(words, script=script, env=env)
+    else:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+        done = subprocess.run([sys.executable, *launch, *words], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == (9 if kill_after else 0), done.stderr[-2000:]
     return [json.loads(file.read_text()) for file in sorted(out.glob("told-*.json"))]
 

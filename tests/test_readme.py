@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from tiny import SENTENCES, tiny_conversations, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +19,12 @@ def commands(name: str) -> list[str]:
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(rf"<!-- tested: {name} -->\n(.*?)<!-- /tested -->", text, re.DOTALL)
     return [line.strip() for block in blocks for line in block.replace("\\\n", "").split("\n") if line.strip()]
+
+
+def ran(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """The program itself, without the launcher, which has tests of its own."""
+    program = re.match(r"(accelerate launch|python) train\.py ", command)
+    return warm.run(shlex.split(command[program.end() :]), cwd=folder, timeout=300)
 
 
 def test_adapting_a_llama_folder_on_ones_own_jsonl(tmp_path):
@@ -44,8 +51,7 @@ def test_adapting_a_llama_folder_on_ones_own_jsonl(tmp_path):
     found = commands("adapt")
     assert len(found) == 5
     for command in found:
-        words = shlex.split(command.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'}"))
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = ran(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     told = json.loads((tmp_path / "outputs/mini/mine/summary.json").read_text())
     assert told["status"] == "done" and told["loss"] < told["first_loss"]
@@ -74,15 +80,11 @@ def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
     found = commands("real") + commands("fresh")
     recipes = ["tokenizer", "prepare", "pretrain", "anneal", "sft", "sft"]
     assert [re.search(r"recipe=(\w+)", c)[1] for c in found] == recipes
-    program = f"{sys.executable} {ROOT / 'train.py'}"
     for command in found:
         recipe = re.search(r"recipe=(\w+)", command)[1]
         more = SMALL_MODEL if "run_name=fresh" in command else SMALL.get(recipe, "")
-        command = command.replace("accelerate launch train.py", program).replace("python train.py", program)
         command = re.sub(r"step-\d+", "step-000002", command)
-        done = subprocess.run(
-            shlex.split(f"{command} {more}"), cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
+        done = ran(f"{command} {more}", tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     told = json.loads((tmp_path / "outputs/135m/sft/summary.json").read_text())
     assert told["status"] == "done" and told["demo"] is False and told["steps"] == 2

@@ -15,6 +15,7 @@ from pathlib import Path
 import gradients_worker
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 from tiny import tiny_conversations, tiny_model, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,13 +57,14 @@ def words(world, out, *more, recipe="sft"):
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def run(command, timeout=180, **env):
+def run(command):
+    return warm.run(command, env=ENV)
+
+
+def run_in_a_python_of_its_own(command, **env):
+    """For what the libraries read from the environment while they are imported."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *command],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=ENV | env,
+        [sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True, timeout=180, env=ENV | env
     )
 
 
@@ -189,21 +191,14 @@ def summary_status(folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_on(unbroken, world, tmp_path, number):
     out = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words(world, out)],
-        env=ENV,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        while process.poll() is None and not (out / "metrics.jsonl").exists():
-            time.sleep(0.005)
-        while process.poll() is None and not any("loss" in m for m in safe_metrics(out)):
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 3, errors
-    assert "Traceback" not in errors and "stopped: " in errors
+    process = warm.Process(words(world, out), env=ENV)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.005)
+    while process.poll() is None and not any("loss" in m for m in safe_metrics(out)):
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(120) == 3, process.stderr
+    assert "Traceback" not in process.stderr and "stopped: " in process.stderr
     assert summary(out)["status"] == "stopped" and len(list((out / "checkpoints").glob("step-*"))) >= 1
     done = run(words(world, out))
     assert done.returncode == 0 and "going on from step" in done.stdout
@@ -213,13 +208,11 @@ def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_training_ends_in_good_order_too(world, tmp_path, number):
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *words(world, out)]
-    with subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and summary_status(out) != "running":
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 3 and "Traceback" not in errors, errors
+    process = warm.Process(words(world, out), env=ENV)
+    while process.poll() is None and summary_status(out) != "running":
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(120) == 3 and "Traceback" not in process.stderr, process.stderr
     assert summary(out)["status"] == "stopped"
 
 
@@ -280,30 +273,19 @@ def prepared(world):
 
 
 def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, tmp_path):
-    worker = [str(ROOT / "tests/gradients_worker.py"), str(world / "base"), str(prepared)]
-    results = {}
-    for name, launch, rows in (
-        ("1x8", [sys.executable], 8),
-        ("2x4", [sys.executable], 4),
-        ("8x1", [sys.executable], 1),
-        (
-            "two processes",
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node=2",
-                f"--master_port={random.randint(20000, 60000)}",
-            ],
-            2,
-        ),
-    ):
-        out = tmp_path / f"{name}.pt"
-        done = subprocess.run(
-            [*launch, *worker, str(rows), str(out)], capture_output=True, text=True, env=ENV, timeout=180
-        )
+    def gradients(name, rows, run_worker):
+        worker = [ROOT / "tests/gradients_worker.py", world / "base", prepared, rows, tmp_path / f"{name}.pt"]
+        done = run_worker(*map(str, worker))
         assert done.returncode == 0, done.stderr
-        results[name] = torch.load(out)
+        return torch.load(tmp_path / f"{name}.pt")
+
+    def alone(script, *more):
+        return warm.run(more, script=script, env=ENV)
+
+    port = random.randint(20000, 60000)
+    pair = partial(launcher, "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+    results = {f"{8 // rows}x{rows}": gradients(rows, rows, alone) for rows in (8, 4, 1)}
+    results["two processes"] = gradients("pair", 2, pair)
     whole = results["1x8"]
     scale = max(g.abs().max() for g in whole["gradients"].values())
     for name, result in results.items():
@@ -358,19 +340,9 @@ def test_two_processes_train_together(world, unbroken, tmp_path):
 def test_processes_that_would_train_apart_stop(world, tmp_path):
     """Two plain processes in one directory, as a launcher that forms no group starts them: one trains, one stops."""
     out = tmp_path / "run"
-    commands = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *words(world, out)],
-            env=ENV,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]
-    results = [(p.communicate(timeout=180), p.returncode) for p in commands]
-    assert sorted(code for _, code in results) == [0, 2]
-    refused = next(text[1] for text, code in results if code == 2)
+    processes = [warm.Process(words(world, out), env=ENV) for _ in range(2)]
+    assert sorted(process.wait(180) for process in processes) == [0, 2]
+    refused = next(process.stderr for process in processes if process.returncode == 2)
     assert "another process" in refused and len(refused.strip().split("\n")) == 1
 
 
@@ -431,7 +403,7 @@ def test_a_local_run_looks_up_no_host(world, tmp_path):
 
 def test_without_network_the_real_thing_stops_within_ten_seconds_with_three_ways_on(tmp_path):
     began = time.monotonic()
-    done = run(
+    done = run_in_a_python_of_its_own(
         ["recipe=sft", "scale=135m", f"output_dir={tmp_path / 'run'}"],
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(tmp_path / "hf"),
