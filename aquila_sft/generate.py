@@ -67,7 +67,7 @@ class Generator:
     def stream(self, messages: list[Message], settings: Generate) -> "Answer":
         """The answer to messages that end with a user's; nothing is computed before it is iterated over.
 
-        No system line is added. The messages have to fit the context (see fit_history).
+        No system line is added. The messages have to fit the context (see fitted).
         """
         ids, _ = encode_messages(self.tokenizer, messages, default_system=None, add_generation_prompt=True)
         return Answer(self, ids, settings)
@@ -80,6 +80,11 @@ class Generator:
         for _ in answer:
             pass
         return answer
+
+    def fitted(self, messages: list[Message], settings: Generate) -> list[Message]:
+        """fit_history with room for the whole answer, but no more than a quarter of the context."""
+        reserve = min(settings.max_new_tokens, self.context_tokens // 4)
+        return fit_history(self.tokenizer, messages, self.context_tokens, reserve)
 
     def next_id(self, ids: list[int], settings: Generate) -> int:
         """The id to follow `ids`: the likeliest at temperature 0, otherwise drawn from the top_p of them."""

@@ -15,7 +15,7 @@ from aquila_sft.config import EvalRun, Model, Run
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import benchmarks
 from aquila_sft.evaluation import items as read_items
-from aquila_sft.stages.chat import find_model, is_local
+from aquila_sft.saved_model import find_model, is_local
 
 GPU_TOKENS, CPU_TOKENS = 65_536, 4_096  # of one forward pass
 
