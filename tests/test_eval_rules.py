@@ -321,14 +321,14 @@ def test_an_archive_from_the_hub_reads_like_the_folder_that_is_in_it(tmp_path, m
     import dataclasses
     import zipfile
 
-    from aquila_sft import hub
+    from aquila_sft import snapshot
 
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    with zipfile.ZipFile(snapshot / "ceval-exam.zip", "w") as archive:
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "ceval-exam.zip", "w") as archive:
         for file in sorted((OWN / "ceval/val").glob("*.csv")):
             archive.write(file, f"val/{file.name}")
-    monkeypatch.setattr(hub, "fetch", lambda wanted: snapshot)
+    monkeypatch.setattr(snapshot, "fetch", lambda wanted: folder)
     benchmark, local = own_parts("ceval")
     again = items.read(dataclasses.replace(benchmark), "hub", tmp_path / "cache", None)
     assert [item for listed in again.values() for item in listed] == local
@@ -338,7 +338,7 @@ def test_parquet_from_the_hub_with_all_subjects_in_one_file_reads_like_the_origi
     import pyarrow
     import pyarrow.parquet
 
-    from aquila_sft import hub
+    from aquila_sft import snapshot
 
     benchmark, local = own_parts("mmlu")
     rows = []
@@ -349,7 +349,7 @@ def test_parquet_from_the_hub_with_all_subjects_in_one_file_reads_like_the_origi
             rows.append({"question": record["question"], "subject": subject, "choices": choices, "answer": answer})
     (tmp_path / "all/test").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all/test/0000.parquet")
-    monkeypatch.setattr(hub, "fetch", lambda wanted: tmp_path)
+    monkeypatch.setattr(snapshot, "fetch", lambda wanted: tmp_path)
     again = items.read(benchmark, "hub", tmp_path / "cache", None)
     assert [item for listed in again.values() for item in listed] == local
 

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from aquila_sft import hub
+from aquila_sft import hub, snapshot
 from aquila_sft.errors import UserError
 
 PIN = "bddc39a8feadbd679c30623197f4e736b7e75b48"  # data/manifests/infinity_instruct.yaml
@@ -166,7 +166,7 @@ def ask(tmp_path):
     def ask(code, url, **env):
         program = textwrap.dedent("""
             import sys
-            from aquila_sft import hub
+            from aquila_sft import hub, snapshot
             from aquila_sft.errors import UserError
             try:
                 {}
@@ -259,7 +259,7 @@ def test_a_refused_connection_ends_in_one_line(ask, fake_hub):
 
 @pytest.mark.parametrize("trouble", ["drips", "black hole", "name resolution hangs", "name unknown"])
 def test_no_kind_of_silence_outlasts_the_probe(ask, fake_hub, trouble):
-    code, url, reason = "hub.PROBE_S = 1.0\n" + DATA, fake_hub.url, "did not answer in time"
+    code, url, reason = "snapshot.PROBE_S = 1.0\n" + DATA, fake_hub.url, "did not answer in time"
     with socket.socket() as hole:
         if trouble == "drips":
             fake_hub.mode = "drips"
@@ -415,14 +415,14 @@ def test_a_local_folder_needs_no_network_and_no_huggingface_hub(ask, tmp_path):
 )
 def test_what_looks_local_or_is_no_id_is_refused_without_asking_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a run may lie under outputs/ where the tests are started
-    monkeypatch.setattr(hub, "fetch", lambda wanted: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(snapshot, "fetch", lambda wanted: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="model.path="):
         hub.model_folder(path, None)
 
 
 @pytest.mark.parametrize("path", ["Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-1.7B", "gpt2"])
 def test_an_id_with_a_dot_is_still_an_id(path, monkeypatch):
-    monkeypatch.setattr(hub, "fetch", lambda wanted: wanted.repo)
+    monkeypatch.setattr(snapshot, "fetch", lambda wanted: wanted.repo)
     assert hub.model_folder(path, None) == path
 
 
@@ -449,7 +449,7 @@ def test_a_manifest_pins_a_commit_where_one_is_known_and_names_files_and_rows(fi
     import yaml
 
     about = yaml.safe_load(file.read_text("utf-8"))
-    assert about["revision"] is None or hub.COMMIT.fullmatch(about["revision"])
+    assert about["revision"] is None or snapshot.COMMIT.fullmatch(about["revision"])
     assert about["licence"] and about["gated"] in (True, False, None) and about["columns"]
     assert about.get("default_subset", next(iter(about["subsets"]))) in about["subsets"]
     for name, subset in about["subsets"].items():

@@ -21,7 +21,7 @@ import zstandard
 from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 
 import train
-from aquila_sft import hub
+from aquila_sft import hub, snapshot
 from aquila_sft.config import CleanPolicy
 from aquila_sft.data import clean, conversations, documents, shards, steps, text_set
 from aquila_sft.data.documents import Document
@@ -821,12 +821,12 @@ def test_corpora_share_what_is_downloaded_by_language_and_then_by_weight(monkeyp
 
 def test_the_first_files_up_to_a_size_are_chosen_and_asked_for_once(monkeypatch, tmp_path):
     sizes = {f"data/{i}.jsonl": 10 for i in range(5)}
-    monkeypatch.setattr(hub, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(hub, "probe", lambda wanted: ("0" * 40, sizes))
-    wanted = hub.Wanted("a/b", "dataset", None, ("data/*",))
+    monkeypatch.setattr(snapshot, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(snapshot, "probe", lambda wanted: ("0" * 40, sizes))
+    wanted = snapshot.Wanted("a/b", "dataset", None, ("data/*",))
     assert hub.first_files(wanted, 35) == ("data/0.jsonl", "data/1.jsonl", "data/2.jsonl")
     assert hub.first_files(wanted, 1) == ("data/0.jsonl",)
-    monkeypatch.setattr(hub, "probe", None)
+    monkeypatch.setattr(snapshot, "probe", None)
     assert hub.first_files(wanted, 35) == ("data/0.jsonl", "data/1.jsonl", "data/2.jsonl")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aquila_sft import checkpoint, hub, prerequisites, run_dir
+from aquila_sft import checkpoint, hub, prerequisites, run_dir, snapshot
 from aquila_sft.config import PretrainRun, Run, SftRun, TextData
 from aquila_sft.data import documents, packing, sft_set, sources
 from aquila_sft.data.ledger import Ledger, NothingLeft
@@ -110,7 +110,7 @@ def base_of(run: PretrainRun | SftRun) -> Path | None:
         raise Absent("a model of the recipe before")
     wanted = hub.wanted_model(path, run.model.revision, run.model.subfolder)
     if hub.needs_hub(path) and path.count("/") == 1 and not path.startswith((".", "~", "/", "outputs/")):
-        folder = hub.cached(wanted)
+        folder = snapshot.cached(wanted)
         if folder is None:
             raise Absent(f"{path} from the Hub")
         return folder / run.model.subfolder if run.model.subfolder else folder

@@ -139,11 +139,11 @@ def first_match(bases: list[Path], patterns: tuple[str, ...]) -> list[Path]:
 
 def from_hub(hub: dict, which: str, local: tuple[str, ...], cache: Path) -> list[Path]:
     """Files of a Hub data set; an archive is unpacked, and read as the folder that it is."""
-    from aquila_sft import hub as hubs
+    from aquila_sft import snapshot
 
-    wanted = hubs.Wanted(hub["repo"], "dataset", hub.get("revision"), tuple(hub[which]))
-    folder = hubs.fetch(wanted)
-    files = [folder / name for name in wanted.pick(hubs.names_in(folder))]
+    wanted = snapshot.Wanted(hub["repo"], "dataset", hub.get("revision"), tuple(hub[which]))
+    folder = snapshot.fetch(wanted)
+    files = [folder / name for name in wanted.pick(snapshot.names_in(folder))]
     archives = [file for file in files if file.suffix == ".zip"]
     if not archives:
         return files
