@@ -27,6 +27,9 @@ test-fast: install  ## the same without those that take more than a few seconds
 chaos: install   ## kill -9 a hundred times at any instant, in all recipes of training, and compare; prints the score
 	$(BIN)/python tests/chaos.py 100
 
+faults: install  ## plant faults one by one in a copy, and see which ones the suite catches; prints the score
+	$(BIN)/python tests/faults.py
+
 lint: install    ## ruff
 	$(BIN)/ruff check .
 
@@ -43,4 +46,4 @@ verify-hub: install  ## with network and access: BAAI's published checkpoints lo
 clean:           ## remove caches and the virtual environment; runs under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
 
-.PHONY: help install demo test test-fast chaos lint bench gpu verify-hub clean
+.PHONY: help install demo test test-fast chaos faults lint bench gpu verify-hub clean
