@@ -46,9 +46,16 @@ def test_within_a_block_the_mixture_is_off_by_less_than_the_block():
 
 def test_every_row_comes_once_an_epoch():
     parts, rows = order()(np.arange(20000))
-    first = rows[parts == 0]
-    assert np.bincount(first, minlength=1000).tolist() == [10] * 1000  # 10,000 places of a part of 1,000 rows
-    assert first[:1000].tolist() != first[1000:2000].tolist()  # in a new order
+    assert np.bincount(rows[parts == 0], minlength=1000).tolist() == [10] * 1000  # 10,000 places of 1,000 rows
+
+
+def test_every_epoch_and_every_block_comes_in_an_order_of_its_own():
+    # blocks of one row: they shuffle nothing
+    alone = MixtureOrder({"a.en": 1000}, {"a.en": 1.0}, block_rows=1, seed=1, stage="pretrain")
+    _, rows = alone(np.arange(3000))
+    assert len({tuple(epoch) for epoch in rows.reshape(3, 1000).tolist()}) == 3
+    parts, _ = order()(np.arange(1000))
+    assert len({tuple(block) for block in parts.reshape(10, 100).tolist()}) == 10
 
 
 def test_any_split_of_the_places_gives_the_same_order():
