@@ -54,6 +54,14 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_taken(tmp_pat
     assert (tmp_path / "damaged-step-000010").is_dir() and "step-000010 is damaged" in capsys.readouterr().out
 
 
+def test_no_older_checkpoint_is_deleted_while_the_newest_does_not_verify(tmp_path, capsys):
+    folders = [write(tmp_path, step) for step in (5, 10, 15)]
+    damage("flipped bit", folders[-1])
+    checkpoint.keep_newest(tmp_path, 1)
+    assert all(folder.is_dir() for folder in folders)
+    assert "step-000015 is damaged" in capsys.readouterr().out and checkpoint.newest(tmp_path) == folders[1]
+
+
 def test_what_was_never_committed_is_no_checkpoint_and_is_cleared(tmp_path):
     (tmp_path / ".writing-000005/checkpoint-5").mkdir(parents=True)
     assert checkpoint.newest(tmp_path) is None
