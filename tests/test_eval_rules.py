@@ -183,6 +183,16 @@ def test_a_limit_of_a_row_is_shared_by_its_parts():
         ("openbookqa", "dev.jsonl", lambda t: t[:-20], "dev.jsonl:3: not a JSON object"),
         ("winogrande", "dev.jsonl", lambda t: t.replace(" _ ", " it ", 1), "dev.jsonl:1 is no item of winogrande"),
         ("cmmlu", "test/chinese_history.csv", lambda t: t.replace(",长安", "", 1), "row 3 has 6 columns, expected 7"),
+        ("cmmlu", "test/chinese_history.csv", lambda t: "", "chinese_history.csv holds no item of cmmlu"),
+        ("cmmlu", "test/chinese_history.csv", lambda t: t + '"' + "x" * 200_000, "is no table: field larger"),
+        ("hellaswag", "hellaswag_val.jsonl", lambda t: t.replace('"label": 0', '"label": 4'), "number 5 of 4 choices"),
+        ("hellaswag", "hellaswag_val.jsonl", lambda t: t.replace('"label": 0', '"label": -1'), "number 0 of 4 choices"),
+        (
+            "triviaqa",
+            "triviaqa.jsonl",
+            lambda t: t.replace('"Question": "', '"Question": null, "": "', 1),
+            "None in its que",
+        ),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_one_line(name, file, change, told, tmp_path):
@@ -192,6 +202,26 @@ def test_a_file_that_is_not_what_it_should_be_is_one_line(name, file, change, to
     with pytest.raises(UserError, match=told) as error:
         read_own(name, data=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_labels_that_are_no_text_are_one_line(tmp_path):
+    shutil.copytree(OWN / "piqa", tmp_path / "piqa")
+    (tmp_path / "piqa/valid-labels.lst").write_bytes(b"\xff\n1\n0\n")
+    with pytest.raises(UserError, match="valid.jsonl:1 is no item of piqa: invalid literal"):
+        read_own("piqa", data=tmp_path)
+
+
+def test_an_exam_without_its_answer_is_no_item():
+    row = {"question": "q", "A": "x", "B": "y", "C": "z", "D": "w"}
+    for answer in ("", "AB", "E"):
+        with pytest.raises(ValueError, match="not in list"):
+            items.exam(row | {"answer": answer})
+
+
+def test_one_file_is_not_both_parts_of_a_row(tmp_path):
+    shutil.copy(OWN / "arc_easy/test.jsonl", tmp_path)
+    with pytest.raises(UserError, match="test.jsonl would be arc_challenge and another part of arc"):
+        items.read(benchmarks.load("arc"), str(tmp_path), tmp_path, None)
 
 
 def test_a_folder_without_a_benchmark_names_what_is_missing(tmp_path):
@@ -330,8 +360,12 @@ def test_an_archive_from_the_hub_reads_like_the_folder_that_is_in_it(tmp_path, m
             archive.write(file, f"val/{file.name}")
     monkeypatch.setattr(snapshot, "fetch", lambda wanted: folder)
     benchmark, local = own_parts("ceval")
+    killed = tmp_path / "cache/ceval--ceval-exam.partial/val"  # while it was unpacked
+    killed.mkdir(parents=True)
+    (killed / "logic_val.csv").write_text("id,question", "utf-8")
     again = items.read(dataclasses.replace(benchmark), "hub", tmp_path / "cache", None)
     assert [item for listed in again.values() for item in listed] == local
+    assert not killed.exists()
 
 
 def test_parquet_from_the_hub_with_all_subjects_in_one_file_reads_like_the_original_files(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import random
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ def read(benchmark: Benchmark, data: str, cache: Path, limit: int | None) -> dic
     for part, source in benchmark.parts.items():
         files = find(benchmark, part, source, data, cache)
         key = "\n".join(map(str, files))
+        if key in loaded and ":" not in part:
+            raise UserError(
+                f"{files[0]} would be {part} and another part of {benchmark.name}: give each a folder of its name"
+            )
         if key not in loaded:  # a file with all subjects is read once
             loaded = {key: [record for file in files for record in records(file, benchmark.columns)]}
         chosen = of_part(loaded[key], part)
@@ -73,7 +78,7 @@ def shuffled(benchmark: Benchmark, part: str, found: list[Record], data: str, ca
     def item(record: Record) -> Item:
         where, content = record
         try:
-            fields = read_one(content)
+            fields = all_text(read_one(content))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             missing = f"no column {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
@@ -148,10 +153,13 @@ def from_hub(hub: dict, which: str, local: tuple[str, ...], cache: Path) -> list
     if not archives:
         return files
     target = cache / hub["repo"].replace("/", "--")
-    for archive in archives:
-        if not target.is_dir():
+    if not target.is_dir():  # whole or not at all: a kill may come at any time
+        unpacked = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(unpacked, ignore_errors=True)
+        for archive in archives:
             with zipfile.ZipFile(archive) as content:
-                content.extractall(target)
+                content.extractall(unpacked)
+        unpacked.rename(target)
     found = first_match([target, *sorted(p for p in target.iterdir() if p.is_dir())], local)
     if not found:
         raise UserError(f"{hub['repo']}: {archives[0].name} has none of {', '.join(local)}")
@@ -176,7 +184,12 @@ def csv_records(file: Path, columns: tuple[str, ...]) -> Iterator[Record]:
         text = file.read_bytes().decode("utf-8-sig")  # \r\n inside a cell stays
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as error:  # a quote that never ends, as in a file that was cut off
+        raise UserError(f"{file} is no table: {error}; the file is damaged") from None
+    if not rows:
+        return
     names = list(columns) or [name.strip().lower() if len(name.strip()) > 1 else name for name in rows.pop(0)]
     for number, row in enumerate(rows, 1 if columns else 2):
         if len(row) < len(names):
@@ -190,7 +203,7 @@ def with_labels(file: Path, found: Iterator[tuple[str, dict | None]]) -> Iterato
     if not labels.is_file():
         yield from found
         return
-    golds, rows = labels.read_text("utf-8").split(), list(found)
+    golds, rows = labels.read_text("utf-8", errors="replace").split(), list(found)
     if len(golds) != len(rows):
         raise UserError(f"{labels} has {len(golds)} answers for the {len(rows)} items of {file.name}")
     for (where, record), gold in zip(rows, golds, strict=True):
@@ -203,11 +216,9 @@ def with_labels(file: Path, found: Iterator[tuple[str, dict | None]]) -> Iterato
 def hellaswag(record: dict) -> dict:
     """Without ctx_a and ctx_b (some copies have lost them) the context stands as it is."""
     context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}" if "ctx_a" in record else record["ctx"]
-    return {
-        "query": rules.clean_hellaswag(f"{record['activity_label']}: {context} "),
-        "choices": [rules.clean_hellaswag(ending) for ending in record["endings"]],
-        "gold": int(record["label"]),
-    }
+    endings = [rules.clean_hellaswag(ending) for ending in record["endings"]]
+    query = rules.clean_hellaswag(f"{record['activity_label']}: {context} ")
+    return {"query": query, "choices": endings, "gold": within(int(record["label"]), endings)}
 
 
 def question(record: dict) -> dict:
@@ -253,7 +264,7 @@ def exam(record: dict) -> dict:
     if "choices" in record:
         choices, gold = list(record["choices"]), int(record["answer"])
     else:
-        choices, gold = [record[letter] for letter in "ABCD"], "ABCD".index(record["answer"].strip())
+        choices, gold = [record[letter] for letter in "ABCD"], list("ABCD").index(record["answer"].strip())
     return {"question": record["question"], "choices": choices, "gold": within(gold, choices)}
 
 
@@ -261,6 +272,15 @@ def within(gold: int, choices: list) -> int:
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer is number {gold + 1} of {len(choices)} choices")
     return gold
+
+
+def all_text(fields: dict) -> dict:
+    """A null would be scored as the word "None"."""
+    for name, value in fields.items():
+        for text in value if name in ("choices", "golds") else [value]:
+            if name != "gold" and not isinstance(text, str):
+                raise ValueError(f"{text!r} in its {name} is no text")
+    return fields
 
 
 READERS: dict[str, Callable[[dict], dict]] = {
