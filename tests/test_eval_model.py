@@ -189,8 +189,22 @@ def test_damaged_weights_are_one_line(parts, tmp_path):
     swap.install(broken, "torch")
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
+    scorer = scorer_of((broken, tokenizer), tmp_path)
     with pytest.raises(UserError, match="not finite"):
-        scorer_of((broken, tokenizer), tmp_path).loglikelihood([Request("a", " b")])
+        scorer.loglikelihood([Request("a", " b")])
+    with pytest.raises(UserError, match="not finite"):
+        scorer.generate_until([Request("a", {"until": [], "max_gen_toks": 2})])
+
+
+def test_a_journal_cut_anywhere_still_tells_whether_an_answer_stopped(parts, tmp_path):
+    request = Request("a b", {"until": [], "max_gen_toks": 3})
+    first = scorer_of(parts, tmp_path)
+    answer, stopped = first.generate_until([request]), first.has_stopped(request)
+    whole = first.journal.file.read_bytes()
+    for size in range(0, len(whole), 9):
+        first.journal.file.write_bytes(whole[:size])
+        again = scorer_of(parts, tmp_path)
+        assert (again.generate_until([request]), again.has_stopped(request)) == (answer, stopped)
 
 
 # ---- runs ----

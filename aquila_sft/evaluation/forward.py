@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from aquila_sft.data.rows import IGNORE
+from aquila_sft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def greedy(
                 use_cache=True,
                 logits_to_keep=1,
             )
-        new_ids = out.logits[:, -1, :vocabulary].float().argmax(-1)
+        logits = out.logits[:, -1, :vocabulary].float()
+        new_ids = logits.argmax(-1)  # of a row with a nan: that one
+        if not logits.gather(-1, new_ids[:, None]).isfinite().all():
+            raise UserError("the model's outputs are not finite numbers: its weights are damaged")
         cache, keep = out.past_key_values, []
         for row, (place, new_id) in enumerate(zip(places, new_ids.tolist(), strict=True)):
             written[place].append(new_id)

@@ -133,7 +133,8 @@ class Scorer(LM):
                 new_ids[: len(new_ids) - stopped], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             answer = rules.before_stop(text, asked[places[row]][1])
-            self.journal.add({keys[places[row]]: answer, f"{keys[places[row]]}:stopped": float(stopped)})
+            key = keys[places[row]]
+            self.journal.add({f"{key}:stopped": float(stopped), key: answer})  # what is asked for last: both are there
             self.tokens += len(prompts[places[row]]) + len(new_ids)
             bar.update()
         self.seconds += time.monotonic() - begun
