@@ -365,6 +365,37 @@ def test_a_model_without_a_tokenizer_is_one_line(folder, tmp_path):
     assert len(done.stderr.strip().split("\n")) == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"instruction_id_list": ["foo:bar"]}, "input_data.jsonl:1 is no item of ifeval: KeyError\\('foo:bar'"),
+        ({"kwargs": []}, "input_data.jsonl:1 is no item of ifeval: IndexError"),
+        ({"kwargs": [{"no_such": 1}]}, "no item of ifeval: TypeError.*no_such"),
+        ({"prompt": None}, "an item has a prompt and instructions"),
+        ({"instruction_id_list": [], "kwargs": []}, "an item has a prompt and instructions"),
+        (None, "input_data.jsonl holds no item of ifeval"),
+        ({"instruction_id_list": ["length_constraints:number_sentences"]}, "python -m nltk.downloader punkt_tab"),
+    ],
+)
+def test_ifeval_that_its_rules_cannot_work_with_is_one_line_and_no_host_is_looked_up(
+    change, told, tmp_path, monkeypatch
+):
+    import nltk
+
+    from aquila_sft.evaluation import instruct
+
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr(nltk.data, "path", [])
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    kwargs = [{"relation": "at least", "num_sentences": 3}] if told.endswith("punkt_tab") else [{}]
+    record = {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": kwargs}
+    (tmp_path / "ifeval").mkdir()
+    write_jsonl(tmp_path / "ifeval/input_data.jsonl", [record | change] if change is not None else [])
+    with pytest.raises(UserError, match=told):
+        instruct.ifeval_records(str(tmp_path), tmp_path, None)
+
+
 def test_a_training_evaluates_what_it_made_if_asked(folder, tmp_path):
     write_jsonl(tmp_path / "talk.jsonl", tiny_conversations(40))
     words = [f"model.path={folder}", "data.files=talk.jsonl", "debug=smoke", "train.max_length=128"]

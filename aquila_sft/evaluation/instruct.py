@@ -48,11 +48,44 @@ def ifeval_records(data: str | None, cache: Path, limit: int | None) -> list[dic
         files = items.first_match(bases, IFEVAL.local)
         if not files:
             raise UserError(f"eval.data={data} has no file for ifeval: none of {', '.join(IFEVAL.local)}")
-    found = items.records(files[0], ())
+    found = items.records(files[0], ())[:limit]
+    if not found:
+        raise UserError(f"{files[0]} holds no item of ifeval")
     for where, record in found:
         if missing := [name for name in IFEVAL_FIELDS if name not in record]:
             raise UserError(f"{where} is no item of ifeval: no column {missing[0]}; it has: {', '.join(record)}")
-    return [record for _, record in found][:limit]
+    import_rules(fetch=data == "hub")
+    for where, record in found:
+        try_rules(where, record)
+    return [record for _, record in found]
+
+
+def import_rules(*, fetch: bool) -> None:
+    """lm-eval's copy downloads nltk's punkt_tab when it is imported: not where the data are local."""
+    import nltk
+
+    download = nltk.download
+    if not fetch:
+        nltk.download = lambda *_, **__: False
+    try:
+        import lm_eval.tasks.ifeval.utils  # noqa: F401
+    finally:
+        nltk.download = download
+
+
+def try_rules(where: str, record: dict) -> None:
+    """What the rules cannot work with is told before a model has answered anything."""
+    try:
+        if not isinstance(record["prompt"], str) or not record["instruction_id_list"]:
+            raise ValueError("an item has a prompt and instructions")
+        ifeval_follow(record, "A sentence.")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is no item of ifeval: {error!r}") from None
+    except LookupError:  # nltk's own, of a resource
+        raise UserError(
+            "eval.tasks=ifeval counts sentences with nltk's punkt_tab, which is not there: "
+            "python -m nltk.downloader punkt_tab"
+        ) from None
 
 
 def chat_task(name: str, tokenizer, records: list[dict], max_new_tokens: int, follow) -> ItemTask:
@@ -72,7 +105,7 @@ def chat_task(name: str, tokenizer, records: list[dict], max_new_tokens: int, fo
 
 
 def ifeval_follow(record: dict, answer: str) -> dict[str, list[bool]]:
-    from lm_eval.tasks.ifeval.utils import process_results  # reads nltk's punkt_tab when it is imported
+    from lm_eval.tasks.ifeval.utils import process_results
 
     found = process_results(record, [answer])
     return {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"]}
