@@ -313,6 +313,38 @@ def test_instructions_stops_and_references_are_measured(evaluated):
     assert set(by_language) == {"en", "zh"} and all(0 < value < 20 for value in by_language.values())
 
 
+def test_an_answer_longer_than_the_model_counts_every_token_once(parts, tmp_path):
+    from aquila_sft.data.conversations import normalise
+    from aquila_sft.evaluation import instruct
+
+    context, answer = ids(1, 70), ids(2, 1300)  # the model sees 512
+    pieces = instruct.answer_pieces([*context], [*answer], 512)
+    assert sum((piece for _, piece in pieces), []) == [*answer]
+    assert all([*before, *piece] == [*context, *answer][: len(before) + len(piece)] for before, piece in pieces)
+    assert instruct.answer_pieces([*context], [*answer[:443]], 512) == [([*context], [*answer[:443]])]
+
+    def bits(text: str) -> float:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
+        ((_, value, _, _),) = instruct.references(scorer, [("here", normalise({"messages": talk}, "s"))])[1:]
+        return float(value)
+
+    scorer = scorer_of(parts, tmp_path)
+    once = bits("The river rises. " * 20)
+    assert bits("The river rises. " * 400) == pytest.approx(
+        once, rel=0.2
+    )  # cut at the model's length it was a fraction
+
+
+def test_records_that_are_no_conversation_are_told(tmp_path, capsys):
+    from aquila_sft.evaluation import instruct
+
+    file = tmp_path / "talk.jsonl"
+    write_jsonl(file, [*tiny_conversations(2), {"messages": [{"role": "user", "content": "a"}]}])
+    file.write_text(file.read_text("utf-8") + "{torn", "utf-8")
+    assert len(instruct.read_references([str(file)], None)) == 2
+    assert f"2 records left out, the first: no assistant turn at {file}:3" in capsys.readouterr().out
+
+
 def test_text_is_measured_by_language_and_source_before_and_after(evaluated):
     rows = json.loads((evaluated / "outputs/mini/eval/results.json").read_text())["other"]["Bits per byte of text"]
     assert [(row["language"], row["source"]) for row in rows] == [
@@ -339,6 +371,7 @@ def test_the_same_command_again_computes_nothing(evaluated, folder):
         (["eval.tasks=arc", "eval.data=/no/where"], ["eval.data=/no/where: no such folder"]),
         (["eval.tasks=arc", "eval.data=."], ["has no file for arc_easy"]),
         (["eval.tasks=references"], ["eval.references="]),
+        (["eval.tasks=references", "eval.references=no.jsonl"], ["eval.references=no.jsonl: no such file"]),
         (["eval.tasks=ifeval"], ["eval.tasks=ifeval", "eval.data=hub"]),
         (["eval.tasks=instruct_zh", "eval.before=x"], ["eval.before=x", "text"]),
         (["eval.tasks=text", "data.files=no.txt"], ["data.files=no.txt: no such file"]),

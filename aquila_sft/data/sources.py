@@ -17,21 +17,21 @@ from aquila_sft.errors import UserError
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 
 
-def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: str = "data.files") -> list[Path]:
     """The files that paths and globs name, each once, sorted within a pattern. Raises UserError when one names none."""
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            raise UserError(f"data.files={pattern} is a folder; name its files, as in data.files={pattern}/*.parquet")
+            raise UserError(f"{setting}={pattern} is a folder; name its files, as in {setting}={pattern}/*.parquet")
         found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         found = [f for f in found if f.is_file()]
         if not found:
-            raise UserError(f"data.files={pattern}: no such file (working directory {Path.cwd()})")
+            raise UserError(f"{setting}={pattern}: no such file (working directory {Path.cwd()})")
         files += [f for f in found if f not in files]
     for file in files:
         if not file.name.endswith(suffixes):
-            raise UserError(f"data.files={file}: unknown kind of file; readable are {', '.join(suffixes)}")
+            raise UserError(f"{setting}={file}: unknown kind of file; readable are {', '.join(suffixes)}")
     return files
 
 

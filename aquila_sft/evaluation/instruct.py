@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from aquila_sft import runtime
 from aquila_sft.chat_template import encode_messages
 from aquila_sft.data import conversations, sources
 from aquila_sft.errors import UserError
@@ -130,38 +131,59 @@ def table(scorer, tasks: list[ItemTask]) -> list[list[str]]:
     return rows
 
 
-def references(scorer, files: list[str], limit: int | None) -> list[list[str]]:
-    """[language, bits per byte, answers, bytes] of the last answer of each conversation."""
-    pairs, owners = [], []
-    for file in sources.find(files):
+def read_references(files: list[str], limit: int | None) -> list[tuple[str, conversations.Conversation]]:
+    """Conversations with their places. What is none is left out, and said."""
+    found, left_out = [], []
+    for file in sources.find(files, setting="eval.references"):
         for where, record in sources.read(file):
-            if limit is not None and len(pairs) >= limit:
+            if limit is not None and len(found) >= limit:
                 break
             try:
-                conversation = conversations.normalise(record or {}, file.stem)
-            except conversations.Refused:
-                continue
-            messages = conversation.messages
-            context, _ = encode_messages(scorer.tokenizer, messages[:-1], add_generation_prompt=True)
-            whole, _ = encode_messages(scorer.tokenizer, messages)
-            answer = whole[len(context) : last_of_answer(whole, scorer.turn_end_id)]
-            if whole[: len(context)] != context or not answer:
-                raise UserError(f"{where}: the chat template does not render an answer behind its prompt")
-            pairs.append((context, answer))
-            owners.append((conversation.language, len(messages[-1]["content"].encode())))
-    if not pairs:
-        raise UserError(f"eval.references={','.join(files)} holds no conversation with an answer")
+                found.append((where, conversations.normalise(record or {}, file.stem)))
+            except conversations.Refused as refused:
+                left_out.append(f"{refused} at {where}" if record else f"not a JSON object at {where}")
+    if not found:
+        why = f" ({left_out[0]})" if left_out else ""
+        raise UserError(f"eval.references={','.join(files)} holds no conversation with an answer{why}")
+    if left_out:
+        runtime.say(f"  eval.references: {len(left_out):,} records left out, the first: {left_out[0]}")
+    return found
+
+
+def references(scorer, found: list[tuple[str, conversations.Conversation]]) -> list[list[str]]:
+    """[language, bits per byte, answers, bytes] of the last answer of each conversation."""
+    pairs, languages = [], []
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    for where, conversation in found:
+        messages = conversation.messages
+        context, _ = encode_messages(scorer.tokenizer, messages[:-1], add_generation_prompt=True)
+        whole, _ = encode_messages(scorer.tokenizer, messages)
+        answer = whole[len(context) : last_of_answer(whole, scorer.turn_end_id)]
+        if whole[: len(context)] != context or not answer:
+            raise UserError(f"{where}: the chat template does not render an answer behind its prompt")
+        pieces = answer_pieces(context, answer, scorer.max_length)
+        pairs += pieces
+        languages += [conversation.language] * len(pieces)
+        sums[conversation.language][1] += 1
+        sums[conversation.language][2] += len(messages[-1]["content"].encode())
     keys = [Journal.key("reference", *pair) for pair in pairs]
     scorer.score(keys, lambda i: pairs[i], "reference answers")
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
-    for key, (language, size) in zip(keys, owners, strict=True):
-        total = sums[language]
-        total[0], total[1], total[2] = total[0] - scorer.journal.answers[key], total[1] + 1, total[2] + size
+    for key, language in zip(keys, languages, strict=True):
+        sums[language][0] -= scorer.journal.answers[key]
     rows = [["language", "bits per byte of reference answers", "answers", "bytes"]]
     return rows + [
         [language, f"{nats / math.log(2) / size:.4f}", str(count), str(size)]
         for language, (nats, count, size) in sorted(sums.items())
     ]
+
+
+def answer_pieces(context: list[int], answer: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:
+    """(what stands before, tokens) that are the answer together. Where the model cannot see all of it at once, pieces
+    of half its length are read behind as much as fits: every token counts once, as every byte does."""
+    if len(context) + len(answer) - 1 <= max_length:
+        return [(context, answer)]
+    size = max_length // 2
+    return [(context + answer[:at], answer[at : at + size]) for at in range(0, len(answer), size)]
 
 
 def last_of_answer(ids: list[int], turn_end_id: int | None) -> int:

@@ -93,6 +93,10 @@ def read(cfg: EvalRun, names: list[str], out: Path) -> dict:
             from aquila_sft.evaluation import instruct
 
             given[name] = read_items.json_lines(instruct.INSTRUCT_ZH)[: cfg.eval.limit]
+        elif name == "references":
+            from aquila_sft.evaluation import instruct
+
+            given[name] = instruct.read_references(cfg.eval.references, cfg.eval.limit)
         elif name == "text":
             from aquila_sft.evaluation import plain_text
 
@@ -173,8 +177,7 @@ def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: P
     if chats:
         other["Instruction following, with the chat template"] = instruct.table(scorer, chats)
     if "references" in names:
-        found = instruct.references(scorer, cfg.eval.references, cfg.eval.limit)
-        other["Reference answers"] = found
+        other["Reference answers"] = instruct.references(scorer, given["references"])
     if text:
         earlier = None
         if before:
