@@ -165,6 +165,28 @@ def test_sharing_prefixes_changes_no_score(parts, tmp_path):
     assert [v for v, _ in shared] == pytest.approx([v for v, _ in apart], abs=1e-4)
 
 
+def test_sharing_prefixes_leaves_sliding_attention_its_window(folder, tmp_path):
+    import shutil
+
+    from aquila_sft import model as models
+    from aquila_sft import swap
+    from aquila_sft.tokenizer import load_tokenizer
+
+    slides = tmp_path / "slides"
+    shutil.copytree(folder, slides)
+    config = json.loads((slides / "config.json").read_text())
+    window = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
+    (slides / "config.json").write_text(json.dumps(config | window))
+    model = models.load(slides).eval()
+    swap.install(model, "torch")
+    requests = [Request("The river rises and the river falls.", choice) for choice in (" It rains", " So does a lake")]
+    found = {}
+    for share in (True, False):
+        scorer = scorer_of((model, load_tokenizer(slides)), tmp_path / str(share), share=share)
+        found[share] = [value for value, _ in scorer.loglikelihood(requests)]
+    assert found[True] == pytest.approx(found[False], abs=1e-4)
+
+
 def test_bits_per_byte_of_a_text_longer_than_the_model_counts_every_token_once(parts, tmp_path):
     model, tokenizer = parts
     text = "\n".join(SENTENCES)

@@ -39,15 +39,18 @@ def fitted(context: Sequence[int], continuation: Sequence[int], max_length: int)
     return Group(tuple(context[-(max_length + 1 - len(continuation)) :]), (continuation,))
 
 
-def grouped(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[tuple[Group, list[int]]]:
-    """Groups of neighbours with one context, and the places of their pairs. A row never outgrows the model."""
+def grouped(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, window: int | None = None
+) -> list[tuple[Group, list[int]]]:
+    """Groups of neighbours with one context, and the places of their pairs. A row never outgrows the model, nor a
+    shared one the window of its sliding attention, which our mask of branches does not know."""
     groups: list[tuple[Group, list[int]]] = []
     for place, (context, continuation) in enumerate(pairs):
         single = fitted(context, continuation, max_length)
         if groups and groups[-1][0].context == single.context:
             last, places = groups[-1]
             joined = Group(last.context, last.continuations + single.continuations)
-            if joined.tokens <= max_length:
+            if joined.tokens <= min(max_length, window or max_length):
                 groups[-1] = joined, [*places, place]
                 continue
         groups.append((single, [place]))

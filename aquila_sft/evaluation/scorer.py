@@ -151,7 +151,8 @@ class Scorer(LM):
         open_places = list({key: i for i, key in enumerate(keys) if key not in self.journal.answers}.values())
         pairs = [pair_of(i) for i in open_places]
         if self.settings.share_prefixes:
-            groups = forward.grouped(pairs, self.max_length)
+            window = getattr(self.model.config, "sliding_window", None)
+            groups = forward.grouped(pairs, self.max_length, window)
         else:
             groups = [(forward.fitted(*pair, self.max_length), [i]) for i, pair in enumerate(pairs)]
         mine = self.shared(forward.batches([group.tokens for group, _ in groups], self.settings.batch_tokens))
