@@ -15,7 +15,7 @@ from aquila_sft import runtime, swap
 from aquila_sft.evaluation import engine
 from aquila_sft.evaluation.journal import Journal
 from aquila_sft.evaluation.scorer import Scorer, Settings, autocast_of
-from aquila_sft.stages.eval import join_processes
+from aquila_sft.stages.eval import join_processes, of_all_processes
 from aquila_sft.tokenizer import load_tokenizer
 
 folder, out, kill_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -46,5 +46,5 @@ found = {
     name: [[outcome.scores, outcome.log_probs, outcome.written] for outcome in listed]
     for name, listed in engine.run(scorer, tasks).items()
 }
-told = {"known": known, "tokens": scorer.tokens, "outcomes": found}
+told = {"known": known, "tokens": scorer.tokens, "of_all": of_all_processes(scorer.tokens), "outcomes": found}
 (out / f"told-{runtime.rank()}.json").write_text(json.dumps(told))

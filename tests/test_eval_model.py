@@ -253,6 +253,7 @@ def test_a_killed_evaluation_goes_on_and_two_processes_say_the_same(folder, tmp_
     assert resumed["known"] >= 20 and 0 < resumed["tokens"] < unbroken["tokens"]
     both = worker(folder, tmp_path / "two", processes=2)
     assert len(both) == 2 and both[0]["outcomes"] == both[1]["outcomes"]
+    assert [told["of_all"] for told in both] == [unbroken["tokens"]] * 2
     assert sum(told["tokens"] for told in both) == unbroken["tokens"]  # the work is shared, not done twice
     assert both[0]["outcomes"] == unbroken["outcomes"]  # the same batches, so the same bits
     for name, listed in unbroken["outcomes"].items():
@@ -365,6 +366,15 @@ def test_records_that_are_no_conversation_are_told(tmp_path, capsys):
     file.write_text(file.read_text("utf-8") + "{torn", "utf-8")
     assert len(instruct.read_references([str(file)], None)) == 2
     assert f"2 records left out, the first: no assistant turn at {file}:3" in capsys.readouterr().out
+
+
+def test_records_that_are_no_text_are_told(tmp_path, capsys):
+    from aquila_sft.evaluation import plain_text
+
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good"}\n{torn\n{"text": 5}\n', "utf-8")
+    assert [text.prompt for text in plain_text.read({"a": [file]}, "text", None)] == ["good"]
+    assert f"data.files: 2 records left out, the first: not a JSON object at {file}:2" in capsys.readouterr().out
 
 
 def test_text_is_measured_by_language_and_source_before_and_after(evaluated):

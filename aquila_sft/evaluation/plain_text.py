@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+from aquila_sft import runtime
 from aquila_sft.data import documents
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation.engine import ItemTask, Outcome
@@ -34,6 +35,10 @@ def read(files: dict[str, list[Path]], text_column: str, limit: int | None) -> l
     if not texts:
         why = f" ({left_out[0][0]} at {left_out[0][3]})" if left_out else ""
         raise UserError(f"data.files={','.join(map(str, next(iter(files.values()))))} holds no text{why}")
+    if left_out:
+        runtime.say(
+            f"  data.files: {len(left_out):,} records left out, the first: {left_out[0][0]} at {left_out[0][3]}"
+        )
     return texts
 
 

@@ -8,7 +8,6 @@ parallelism shares out documents instead, and is not used: to it there is one pr
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,6 @@ class Scorer(LM):
         self.end_id = self.first_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.turn_end_id = tokenizer.get_vocab().get(IM_END)
         self.tokens = 0  # that went through the model here
-        self.seconds = 0.0
 
     def encode(self, text: str) -> list[int]:
         """Without a begin token, as the reference: it asks for no special tokens."""
@@ -108,7 +106,6 @@ class Scorer(LM):
 
     def write_answers(self, places: list[int], prompts: dict, asked: list, keys: list[str], bar: tqdm) -> None:
         decode = self.tokenizer.decode
-        begun = time.monotonic()
 
         def is_done(row: int, new_ids: list[int]) -> bool:
             stops = asked[places[row]][1]
@@ -137,7 +134,6 @@ class Scorer(LM):
             self.journal.add({f"{key}:stopped": float(stopped), key: answer})  # what is asked for last: both are there
             self.tokens += len(prompts[places[row]]) + len(new_ids)
             bar.update()
-        self.seconds += time.monotonic() - begun
 
     def ends(self, new_id: int, asked: tuple) -> bool:
         return new_id == self.tokenizer.eos_token_id or (asked[3] and new_id == self.turn_end_id)
@@ -158,7 +154,6 @@ class Scorer(LM):
         mine = self.shared(forward.batches([group.tokens for group, _ in groups], self.settings.batch_tokens))
         with self.progress(sum(groups[i][0].tokens for batch in mine for i in batch), what, "token") as bar:
             for batch in mine:
-                begun = time.monotonic()
                 chosen = [groups[i] for i in batch]
                 found = forward.log_probs(
                     self.model, [group for group, _ in chosen], self.pad_id, self.settings.autocast
@@ -173,7 +168,6 @@ class Scorer(LM):
                 self.journal.add(answers)
                 done = sum(group.tokens for group, _ in chosen)
                 self.tokens += done
-                self.seconds += time.monotonic() - begun
                 bar.update(done)
         self.exchange(keys)
 

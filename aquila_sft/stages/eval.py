@@ -189,10 +189,20 @@ def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: P
         "scores": [*scores.values(), *results.averages(scores).values()],
         "other": other,
         "tasks": tasks,
-        "tokens": scorer.tokens,
-        "seconds": scorer.seconds,
+        "tokens": of_all_processes(scorer.tokens),
         "identity": identity,
     }
+
+
+def of_all_processes(count: int) -> int:
+    if runtime.world_size() == 1:
+        return count
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def needs_chat(folder: Path, tokenizer) -> None:
