@@ -115,7 +115,9 @@ def load_tokenizer(folder: Path, *, converted_to: Path | None = None):
         ranks_file = folder / RANKS_FILE
         if not ranks_file.is_file():
             what = f"neither tokenizer.json nor {RANKS_FILE} there" if folder.is_dir() else "no such folder"
-            raise UserError(f"{folder}: {what}; set tokenizer.path to a folder that has one of the two.")
+            raise UserError(
+                f"{folder}: {what}; put one of the two there (in training: or name a folder with one, tokenizer.path=)."
+            )
         if converted_to is None:
             raise UserError(
                 f"{folder}: {RANKS_FILE} has to be converted first; pass converted_to=<folder>, or run "

@@ -377,6 +377,20 @@ def test_records_that_are_no_text_are_told(tmp_path, capsys):
     assert f"data.files: 2 records left out, the first: not a JSON object at {file}:2" in capsys.readouterr().out
 
 
+def test_instructions_weigh_alike_and_not_prompts():
+    from types import SimpleNamespace
+
+    from aquila_sft.evaluation import instruct
+
+    records = [{"checks": [[]] * count} for count in (1, 3)]
+    outcomes = [SimpleNamespace(scores={"prompts": float(s == 1), "instructions": s}) for s in (1.0, 1 / 3)]
+    task = SimpleNamespace(
+        task_name="t", outcomes=outcomes, instances=[1, 2], items=[SimpleNamespace(record=r) for r in records]
+    )
+    _, prompts, instructions, _ = instruct.table(SimpleNamespace(has_stopped=lambda _: False), [task])
+    assert prompts[2:4] == ["50.00", "50.00"] and instructions[2] == "50.00"  # two of four; a mean of prompts is 66.67
+
+
 def test_text_is_measured_by_language_and_source_before_and_after(evaluated):
     rows = json.loads((evaluated / "outputs/mini/eval/results.json").read_text())["other"]["Bits per byte of text"]
     assert [(row["language"], row["source"]) for row in rows] == [

@@ -117,16 +117,19 @@ def zh_follow(record: dict, answer: str) -> dict[str, list[bool]]:
 
 
 def table(scorer, tasks: list[ItemTask]) -> list[list[str]]:
-    """[set, measure, value in per cent, items]. Instructions weigh alike within a prompt, prompts within the set."""
+    """[set, measure, per cent, prompts]. Instructions weigh alike in the whole set, as IFEval publishes them."""
     rows = [["set", "measure", "%", "± (s.e.)", "prompts"]]
     for task in tasks:
         count = len(task.outcomes)
         stopped = [scorer.has_stopped(request) for request in task.instances]
         measures = {name: [o.scores[name] for o in task.outcomes] for name in task.outcomes[0].scores}
         measures["answers that stop"] = [float(value) for value in stopped]
+        asked = [len(item.record.get("instruction_id_list") or item.record["checks"]) for item in task.items]
         for name, values in measures.items():
-            centre = sum(values) / count
-            error = math.sqrt(sum((v - centre) ** 2 for v in values) / max(1, count - 1) / count)
+            weights = asked if name.startswith("instructions") else [1] * count
+            centre = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+            spread = sum((w * (v - centre)) ** 2 for w, v in zip(weights, values, strict=True))
+            error = math.sqrt(spread * count / max(1, count - 1)) / sum(weights)
             rows.append([task.task_name, name, f"{100 * centre:.2f}", f"{100 * error:.2f}", str(count)])
     return rows
 
