@@ -66,8 +66,9 @@ NOT_IDENTITY = {
 
 # What a run makes. Only these are ever moved or deleted; whatever else lies in the directory is the user's.
 MADE = (
-    *("config.yaml", "env.json", "identity.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
+    *("config.yaml", "env.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
     *("checkpoints", "intermediate", "final", "adapter", "data", "tokenizer", "tensorboard"),
+    "identity.json",  # leaves last and comes back first: where it lies tells whose the other files are
 )
 PREVIOUS = ".previous"  # an overwritten run waits here until the new one has begun
 DELETING = ".deleting"
@@ -133,20 +134,27 @@ class RunDir:
 
     def set_aside(self) -> None:
         (self.path / PREVIOUS).mkdir()
-        self.move(self.path, self.path / PREVIOUS)
+        self.move(self.path, self.path / PREVIOUS, MADE)
 
     def restore(self) -> None:
         """Bring back the run that was to be overwritten by one that never began."""
-        if (self.path / PREVIOUS).is_dir():
-            for name in MADE:
-                if (self.path / PREVIOUS / name).exists():
+        previous = self.path / PREVIOUS
+        if previous.is_dir():
+            if (previous / "identity.json").exists():
+                for name in reversed(MADE):
                     remove(self.path / name)
-            self.move(self.path / PREVIOUS, self.path)
-            (self.path / PREVIOUS).rmdir()
+            self.move(previous, self.path, MADE[::-1])
+            previous.rmdir()
+
+    def overwrites(self, identity: dict) -> bool:
+        """Whether what lies here is a run of this identity, with another one set aside for it."""
+        claim = read_json(self.path / "identity.json")
+        is_set_aside = (self.path / PREVIOUS / "identity.json").exists()
+        return is_set_aside and claim is not None and claim["sha256"] == digest(identity)
 
     @staticmethod
-    def move(source: Path, target: Path) -> None:
-        for name in MADE:
+    def move(source: Path, target: Path, names: tuple[str, ...]) -> None:
+        for name in names:
             if (source / name).exists():
                 os.rename(source / name, target / name)
 
@@ -157,12 +165,14 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
 
     For the main process only. Raises UserError for a directory that is another run's, that is no run's, or that
     another process trains in now. A run that fails before begin() neither blocks its directory nor costs the run
-    that it was to overwrite.
+    that it was to overwrite; one that is stopped or killed there goes on with the same command, and any other command
+    brings the old run back.
     """
     run = RunDir(Path(cfg.output_dir))
     make_folder(run.path)
     with locked(run.path):
-        run.restore()  # a start that was killed before it began
+        if not run.overwrites(identity):
+            run.restore()
         previous = read_json(run.path / "identity.json")
         if previous is None:
             strangers = [p.name for p in run.path.iterdir() if not p.name.startswith(OURS)]
@@ -187,6 +197,8 @@ def opened(cfg: Any, identity: dict) -> Iterator[RunDir]:
             write_json(run.path / "env.json", environment())
         try:
             yield run
+        except (Stopped, KeyboardInterrupt):
+            raise
         except BaseException:
             run.restore()
             raise

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from aquila_sft import checkpoint, run_dir
-from aquila_sft.errors import UserError
+from aquila_sft.errors import Stopped, UserError
 
 
 def write(parent, step, text="weights"):
@@ -101,12 +102,13 @@ class Config:
     run_name: str = "a"
 
 
-def open_run(folder, *, begin=True, finish=False, fail=False, **changes):
+def open_run(folder, *, begin=True, finish=False, fail=None, **changes):
     cfg = Config(str(folder), **changes)
     with run_dir.opened(cfg, run_dir.identity_of(cfg, data="d1")) as out:
         was_finished = out.is_finished()
         if fail:
-            raise UserError("a check failed")
+            (out.path / "data").mkdir(exist_ok=True)
+            raise fail
         if begin and not was_finished:
             out.begin()
         if finish:
@@ -135,11 +137,11 @@ def test_a_run_that_fails_its_checks_neither_costs_the_old_run_nor_blocks_the_di
     folder = tmp_path / "run"
     open_run(folder, finish=True)
     with pytest.raises(UserError, match="a check failed"):
-        open_run(folder, lr=0.2, overwrite=True, fail=True)
+        open_run(folder, lr=0.2, overwrite=True, fail=UserError("a check failed"))
     assert open_run(folder) is True and not (folder / ".previous").exists()
     fresh = tmp_path / "fresh"
     with pytest.raises(UserError, match="a check failed"):
-        open_run(fresh, lr=0.3, fail=True)
+        open_run(fresh, lr=0.3, fail=UserError("a check failed"))
     assert open_run(fresh, lr=0.4) is False
     with pytest.raises(UserError, match="another configuration"):
         open_run(fresh, lr=0.3)
@@ -152,6 +154,57 @@ def test_a_start_that_was_killed_before_it_began_gives_the_old_run_back(tmp_path
     (folder / "config.yaml").write_text("half of the new one")
     assert open_run(folder) is True
     assert "half" not in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("stop", [Stopped("SIGTERM"), KeyboardInterrupt()])
+def test_an_overwriting_run_that_is_stopped_before_it_began_goes_on_and_another_command_gets_the_old_one(
+    tmp_path, stop
+):
+    folder = tmp_path / "run"
+    open_run(folder, finish=True)
+    for _ in range(2):
+        with pytest.raises(type(stop)):
+            open_run(folder, lr=0.2, overwrite=True, fail=stop)
+        (folder / "data/tokens").write_text("made so far")
+    shutil.copytree(folder, other := tmp_path / "other")
+    assert open_run(folder, lr=0.2, overwrite=True) is False
+    assert (folder / "data/tokens").read_text() == "made so far" and not (folder / "final").exists()
+    assert not list(folder.glob(".previous*")) and open_run(folder, lr=0.2) is False
+    assert open_run(other) is True and not (other / "data").exists()
+
+
+def test_whatever_rename_or_removal_a_kill_comes_before_the_old_run_comes_back_whole(tmp_path, monkeypatch):
+    """An overwriting start is killed while it sets the old run aside, or brings it back after a failed check."""
+    monkeypatch.setattr(run_dir, "environment", dict)
+    own, deaths = {"rename": os.rename, "remove": run_dir.remove}, 0
+    left = [0]
+
+    def dying(name):
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise SystemExit  # and so at every later call: nothing is put right by a dead process
+            own[name](*arguments)
+
+        return call
+
+    for count in range(100):
+        folder = tmp_path / str(count)
+        open_run(folder, finish=True)
+        (folder / "data").mkdir()
+        (folder / "data/tokens").write_text("of the old run")
+        left[0] = count
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", dying("rename"))
+            patch.setattr(run_dir, "remove", dying("remove"))
+            with pytest.raises((UserError, SystemExit)) as end:
+                open_run(folder, lr=0.2, overwrite=True, fail=UserError("a check failed"))
+        assert open_run(folder) is True and (folder / "data/tokens").read_text() == "of the old run"
+        assert not (folder / ".previous").exists()
+        deaths += end.type is SystemExit
+        if end.type is UserError:
+            break
+    assert deaths > 20
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

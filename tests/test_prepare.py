@@ -26,7 +26,7 @@ from aquila_sft.config import CleanPolicy
 from aquila_sft.data import clean, conversations, documents, shards, steps, text_set
 from aquila_sft.data.documents import Document
 from aquila_sft.data.shards import Prepared
-from aquila_sft.errors import UserError
+from aquila_sft.errors import Stopped, UserError
 from aquila_sft.tokenizer import load_tokenizer, tokenizer_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -577,6 +577,33 @@ def test_other_text_or_settings_are_another_run(tmp_path, tokenizer_folder, caps
     assert content(out / "final") == before
     made = prepared(tokenizer_folder, out, tmp_path / "b.jsonl", "overwrite=true", "prepare.holdout_fraction=0")
     assert sum(part.documents for part in made.parts.values()) == 201 and not made.held_back
+
+
+def test_an_overwriting_run_that_is_stopped_again_and_again_ends(tmp_path, tokenizer_folder, monkeypatch, capsys):
+    """As prepare.executor=slurm is: it leaves with its jobs submitted, and the same command finishes."""
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(60)))
+    write_jsonl(tmp_path / "b.jsonl", rows(texts(61)))
+    prepared(tokenizer_folder, out := tmp_path / "out", tmp_path / "a.jsonl")
+    command = words(tokenizer_folder, out, tmp_path / "b.jsonl", "overwrite=true", "prepare.slice_mb=0.002")
+    command.append("prepare.workers=1")
+    own, made = steps.Step.run, []
+
+    def run(step, work, task):
+        if step.target(work, task).exists():
+            return
+        own(step, work, task)
+        made.append((step.name, task))
+        if len(made) % 9 == 0:
+            raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(steps.Step, "run", run)
+    starts = 1
+    while train.main(command) == 3:
+        starts += 1
+        assert starts < 30 and json.loads((out / "summary.json").read_text())["status"] == "stopped"
+    assert starts > 2 and len(made) == len(set(made)) and not (out / ".previous").exists()
+    made = Prepared(out)
+    assert sum(part.documents for part in (*made.parts.values(), *made.held_back.values())) == 61
 
 
 def test_a_failure_is_recorded_and_leaves_nothing_that_looks_finished(tmp_path, tokenizer_folder, monkeypatch):
