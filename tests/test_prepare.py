@@ -842,6 +842,8 @@ def test_corpora_share_what_is_downloaded_by_language_and_then_by_weight(monkeyp
     assert asked == {"fineweb_edu": ("sample-10BT", 1e9), "cci3_hq": ("all", 1e9)}
     with pytest.raises(UserError, match="data.corpora=nothere is not one of .*cci3_hq"):
         stage.fetch(train.compose_run([*given, "data.corpora={nothere: 1}"]).data)
+    with pytest.raises(UserError, match="data.corpora=infinity_instruct: BAAI/Infinity-Instruct holds conversations"):
+        stage.fetch(train.compose_run([*given, "data.corpora={infinity_instruct: 1}"]).data)
     with pytest.raises(UserError, match="leave no corpus"):
         stage.fetch(train.compose_run([*given, "data.languages={fr: 1}"]).data)
 

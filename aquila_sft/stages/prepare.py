@@ -98,6 +98,12 @@ def fetch(data: PrepareData) -> dict[str, hub.DatasetFiles]:
     """The corpora of data.corpora, as many files of each as its share of data.download_gb allows."""
     weights = {name: weight for name, weight in data.corpora.items() if weight}
     manifests = {name: hub.manifest_of(name, "data.corpora") for name in weights}
+    for name, about in manifests.items():
+        if "language" not in about:
+            raise UserError(
+                f"data.corpora={name}: {about['repo']} holds conversations, not documents of a language; recipe=sft "
+                f"trains on it (data.manifest={name}), and files of conversations can be given in data.files="
+            )
     language_of = {name: about["language"] for name, about in manifests.items()}
     weight_of = {language: (data.languages or {}).get(language, 0.0) for language in set(language_of.values())}
     total = sum(weight_of.values())
