@@ -37,6 +37,8 @@ def test_pretraining_stops_at_a_damaged_block_or_leaves_its_rows_out(tmp_path, m
     assert f"{shard.path} is damaged at byte {offset} (block " in stopped.stderr
     done = warm.run([*command, "data.damaged_blocks=leave_out"])
     assert done.returncode == 0, done.stderr
-    entry = json.loads((tmp_path / "run/ledger.json").read_text())["damaged"]["text.en"]
-    assert entry["tokens"] == 64 * len(entry["rows"]) > 0
-    assert f"text.en: {len(entry['rows']):,} rows, {entry['tokens']:,} tokens, touch damaged blocks" in done.stdout
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    entry, part = ledger["damaged"]["text.en"], ledger["parts"]["text.en"]
+    assert entry["tokens"] == 64 * entry["rows"] and 0 < entry["rows"] < part["rows"]
+    assert part["targets"] <= 64 * (part["rows"] - entry["rows"])
+    assert f"text.en: the rows that touch a damaged block are left out: {shard.path} is damaged at" in done.stdout

@@ -57,9 +57,13 @@ def whole(loaded: list) -> np.ndarray:
     return np.concatenate([batch["input_ids"].numpy() for one in loaded for batch in one.batches])
 
 
-def test_two_and_four_processes_read_what_one_reads_in_its_order_and_their_ledgers_add_up_to_its_own(make):
+def test_two_and_four_processes_read_what_one_reads_in_its_order_and_their_ledgers_add_up_to_its_own(
+    make, parts, monkeypatch
+):
+    monkeypatch.setattr(parts[0], "damaged", set(range(0, len(parts[0]), 2)))
     for step in (0, 7):
         alone = make().load(step)
+        assert 0 < alone.entry.damaged[0] < alone.entry.rows[0] and alone.entry.damaged[1] == 0
         for world in (2, 4):
             shares = []
             for rank in range(world):
@@ -153,7 +157,7 @@ def test_windows_left_out_move_what_comes_behind_them_and_nothing_else(make):
 def test_the_state_of_a_loader_and_its_ledger_stay_under_a_kibibyte(make):
     loader = make()
     loader.skipped = [(10**12 + 64 * i, 10**12 + 64 * i + 8) for i in range(3)]
-    ledger = Consumed(np.full(16, 10**9), np.full(16, 2 * 10**12), 2**127)
+    ledger = Consumed(np.full(16, 10**9), np.full(16, 2 * 10**12), np.full(16, 10**6), 2**127)
     assert len(json.dumps({"loader": loader.state(10**6), "ledger": ledger.state()})) < 1024
 
 

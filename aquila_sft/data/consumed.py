@@ -26,15 +26,16 @@ PLACES_AT_ONCE = 4096
 
 @dataclasses.dataclass
 class Consumed:
-    """Rows and targets of every part, and the hash of them all. Adding two adds what they stand for."""
+    """Rows, targets and damaged rows of every part, and the hash of all. Adding two adds what they stand for."""
 
     rows: np.ndarray  # int64 [parts]
     targets: np.ndarray  # int64 [parts]
+    damaged: np.ndarray  # int64 [parts]; of the rows, those that were blank
     total: int = 0
 
     @classmethod
     def nothing(cls, parts: int) -> "Consumed":
-        return cls(np.zeros(parts, dtype=np.int64), np.zeros(parts, dtype=np.int64))
+        return cls(*np.zeros((3, parts), dtype=np.int64))
 
     @property
     def hash(self) -> str:
@@ -42,34 +43,37 @@ class Consumed:
 
     def add(self, other: "Consumed") -> None:
         self.rows, self.targets = self.rows + other.rows, self.targets + other.targets
+        self.damaged = self.damaged + other.damaged
         self.total = (self.total + other.total) % 2**BITS
 
-    def note(self, place: int, part: int, name: str, row: int, ids: np.ndarray, targets: np.ndarray) -> None:
-        """One row, as it goes into a batch."""
-        digest = hashlib.blake2b(f"{place}/{name}/{row}/".encode(), digest_size=BITS // 8)
+    def note(self, place: int, part: int, rows: TextRows, row: int, ids: np.ndarray, targets: np.ndarray) -> None:
+        """One row of a part, as it goes into a batch."""
+        digest = hashlib.blake2b(f"{place}/{rows.part.name}/{row}/".encode(), digest_size=BITS // 8)
         digest.update(ids.astype("<i4").tobytes())
         digest.update(targets.astype("<i4").tobytes())
         self.total = (self.total + int.from_bytes(digest.digest(), "little")) % 2**BITS
         self.rows[part] += 1
         self.targets[part] += int((targets != IGNORE).sum())
+        self.damaged[part] += row in rows.damaged
 
     def vector(self) -> np.ndarray:
         """As int64 numbers that processes may add up."""
         limbs = [self.total >> at & (1 << LIMB) - 1 for at in range(0, BITS, LIMB)]
-        return np.concatenate([np.array(limbs, dtype=np.int64), self.rows, self.targets])
+        return np.concatenate([np.array(limbs, dtype=np.int64), self.rows, self.targets, self.damaged])
 
     @classmethod
     def of_vector(cls, vector: np.ndarray) -> "Consumed":
         limbs, counts = vector[: BITS // LIMB], vector[BITS // LIMB :]
         total = sum(int(limb) << LIMB * i for i, limb in enumerate(limbs)) % 2**BITS
-        return cls(counts[: len(counts) // 2].copy(), counts[len(counts) // 2 :].copy(), total)
+        return cls(*counts.reshape(3, -1).copy(), total)
 
     def state(self) -> dict:
-        return {"hash": self.hash, "rows": self.rows.tolist(), "targets": self.targets.tolist()}
+        by_part = {name: getattr(self, name).tolist() for name in ("rows", "targets", "damaged")}
+        return {"hash": self.hash} | by_part
 
     @classmethod
     def of_state(cls, state: dict) -> "Consumed":
-        return cls(np.array(state["rows"]), np.array(state["targets"]), int(state["hash"], 16))
+        return cls(*(np.array(state[name]) for name in ("rows", "targets", "damaged")), int(state["hash"], 16))
 
 
 def recount(
@@ -82,5 +86,5 @@ def recount(
             places = np.arange(start, min(start + PLACES_AT_ONCE, end))
             for place, part, row in zip(places.tolist(), *(a.tolist() for a in order(places)), strict=True):
                 ids, targets, _ = text_rows.arrays([(parts[part], row)], length, pad_id)
-                counted.note(place, part, order.parts[part], row, ids[0], targets[0])
+                counted.note(place, part, parts[part], row, ids[0], targets[0])
     return counted

@@ -101,7 +101,7 @@ class Loader:
             [*((self.parts[part], row) for part, row in chosen), *blank], self.length, self.pad_id
         )
         for b, (part, row) in enumerate(chosen):
-            entry.note(int(places[b]), part, self.order.parts[part], row, ids[b], targets[b])
+            entry.note(int(places[b]), part, self.parts[part], row, ids[b], targets[b])
         whole = text_rows.tensors(ids, targets, positions)
         if self.pin:
             whole = {name: tensor.pin_memory() for name, tensor in whole.items()}

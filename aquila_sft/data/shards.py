@@ -169,19 +169,6 @@ class Shard:
     def damaged(self, offset: int, what: str, kind: type[UserError] = UserError) -> UserError:
         return kind(f"{self.path} is damaged at byte {offset} ({what}); {AGAIN}")
 
-    def damaged_tokens(self) -> list[tuple[int, int]]:
-        """[first, behind the last) token of what cannot be read: reads the whole shard. All of it without its ends."""
-        found, size = [], self.dtype.itemsize
-        for start in range(self.body_at, self.checks_at, BLOCK):
-            stop = min(start + BLOCK, self.checks_at)
-            try:
-                self.checked(start, stop)
-            except DamagedBlock:
-                if stop > self.ends_at:
-                    return [(0, self.tokens)]
-                found.append(((start - self.body_at) // size, min((stop - self.body_at) // size, self.tokens)))
-        return found
-
     def map(self) -> np.ndarray:
         """The file's bytes. Only so many shards stay mapped; what was checked of the others stays checked."""
         content = self.bytes = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)

@@ -6,7 +6,8 @@
     row 2   . h i    predicts  – i –         a document may go on in the next row, its positions begin again there
 
 Every token but the first of a document is a target exactly once: nothing is cropped. A row that touches a damaged block
-stops the run, or with leave_out_damaged is a blank one wherever it comes: the other rows stay in their places.
+stops the run, or with leave_out_damaged is a blank one wherever it comes, said and counted where it is met: the other
+rows stay in their places, and nobody has to read all shards to find it.
 """
 
 import numpy as np
@@ -20,6 +21,8 @@ class TextRows:
 
     def __init__(self, part: Part, length: int, *, leave_out_damaged: bool = False) -> None:
         self.part, self.length, self.leave_out_damaged = part, length, leave_out_damaged
+        self.damaged: set[int] = set()  # rows, as far as they were met
+        self.told: set[str] = set()
 
     def __len__(self) -> int:
         return -(-self.part.tokens // self.length)
@@ -29,25 +32,20 @@ class TextRows:
         start = row * self.length
         try:
             tokens, begins = self.part.read(start, min(start + self.length + 1, self.part.tokens))
-        except DamagedBlock:
-            if self.leave_out_damaged:
-                return
-            raise
+        except DamagedBlock as error:
+            if not self.leave_out_damaged:
+                raise
+            self.damaged.add(row)
+            if str(error) not in self.told:  # a block, from whichever process reads it
+                self.told.add(str(error))
+                print(f"  {self.part.name}: the rows that touch a damaged block are left out: {error}", flush=True)
+            return
         size = min(self.length, len(tokens))
         ids[:size] = tokens[:size]
         targets[: len(tokens) - 1] = np.where(begins[1:], IGNORE, tokens[1:])
         at = np.arange(size)
         positions[:size] = at - np.maximum.accumulate(np.where(begins[:size], at, 0))
         positions[size:] = np.arange(self.length - size)
-
-    def damaged(self) -> dict[int, int]:
-        """{row: tokens in it} of the rows that touch a damaged block; reads all of the part, for a ledger."""
-        rows: set[int] = set()
-        for shard, edge in zip(self.part.shards, self.part.edges, strict=False):
-            for first, end in shard.damaged_tokens():
-                before = max(0, (edge + first - 1) // self.length)  # a row reads the token behind its last, too
-                rows.update(range(before, (edge + end - 1) // self.length + 1))
-        return {row: min(self.length, self.part.tokens - row * self.length) for row in sorted(rows)}
 
 
 Places = list[tuple[TextRows, int] | None]  # None is a blank row

@@ -109,8 +109,6 @@ def train(
         for name, part in prepared.held_back.items()
         if name in order.parts and cfg.data.eval_bytes
     }
-    read = dict(zip(order.parts, loader.parts, strict=True))
-    left_out = damaged(read | {f"held back: {name}": rows for name, rows in held_back.items()}) if leave_out else {}
     unseen = {prepared.parts[name].language for name in order.parts} - {
         prepared.held_back[name].language for name in held_back
     }
@@ -169,7 +167,7 @@ def train(
         with trainer.saver:
             logged = trainer.run(done_steps)
     if runtime.is_main():
-        ledger = write_ledger(cfg, prepared, trainer, out, left_out)
+        ledger = write_ledger(cfg, prepared, trainer, out)
         with checkpoint.room(out.path):
             save_final(cfg, out, net, tokenizer, ledger["parts"])
         seconds, tokens = trainer.metrics.seconds(), plan.steps * cfg.train.tokens_per_step
@@ -192,21 +190,7 @@ def train(
         )
 
 
-def damaged(parts: dict) -> dict[str, dict]:
-    """Rows that cannot be read, for the ledger: they come as blank ones. Reads all shards, on the main process."""
-    found = {name: rows.damaged() for name, rows in parts.items()} if runtime.is_main() else {}
-    found = {name: rows for name, rows in found.items() if rows}
-    for name, rows in found.items():
-        runtime.say(
-            f"  {name}: {len(rows):,} rows, {sum(rows.values()):,} tokens, touch damaged blocks and are left out "
-            f"(the first: row {next(iter(rows))})"
-        )
-    return {name: {"rows": list(rows), "tokens": sum(rows.values())} for name, rows in found.items()}
-
-
-def write_ledger(
-    cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: run_dir.RunDir, left_out: dict[str, dict]
-) -> dict:
+def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: run_dir.RunDir) -> dict:
     """ledger.json: what the run was trained on, compared with its order and its shards, read again."""
     from aquila_sft import proof
 
@@ -220,7 +204,11 @@ def write_ledger(
         "shards": cfg.data.shards,
         "shards_sha256": prepared.sha256,
         "places_left_out": loader.skipped,
-        "damaged": left_out,
+        "damaged": {
+            name: {"rows": rows, "tokens": rows * cfg.train.max_length}
+            for name, rows in zip(loader.order.parts, counted.damaged.tolist(), strict=True)
+            if rows
+        },
         "updates_left_out": int(trainer.guard.skipped),
         "parts": {
             name: {
