@@ -66,6 +66,7 @@ def text(
 ) -> dict[str, dict[str, float]]:
     """{part: {loss, bits_per_byte, text_bytes}} of held-back documents, about the first `max_bytes` of each part.
 
+    A part of which damage leaves nothing to read is left out.
     marks: the tokens that begin and end a document, None where there is none. Without one at the beginning the first
     token of a text is predicted by nothing; it counts as an average one.
     """
@@ -80,6 +81,8 @@ def text(
                 yield text_rows.batch([(rows, row) for row in chosen], rows.length, pad_id)
 
         total, tokens, inner, inner_tokens = nats(model, batches(), marks[1], autocast)
+        if not inner_tokens:
+            continue
         text_tokens = part.tokens - part.documents * marks_a_document
         results[name] = {
             "loss": total / tokens,

@@ -1,8 +1,17 @@
-"""What evaluations in the loop cost, and how often they are therefore made."""
+"""What evaluations in the loop cost, how often they are therefore made, and what damage does to them."""
 
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
+from shard_files import write_part
 
+from aquila_sft import evaluate
 from aquila_sft.config import PretrainTrain
+from aquila_sft.data.shards import Part
+from aquila_sft.data.text_rows import TextRows
 from aquila_sft.evaluate import in_the_loop
 
 
@@ -39,3 +48,33 @@ def test_no_recipe_asks_for_more_than_one_percent(recipe, scale):
 
     settings = program.compose_run([f"recipe={recipe}", f"scale={scale}"]).train
     assert settings.eval_steps is None and settings.eval_share == 0.01
+
+
+class OneNat(torch.nn.Linear):
+    """Stands for a model that loses one nat on every target."""
+
+    def forward(self, *, targets, per_token, **_):
+        return SimpleNamespace(loss=(targets != -100).float())
+
+
+def test_a_held_back_part_of_which_nothing_can_be_read_has_no_figures_and_the_others_have_theirs(tmp_path):
+    parts = {}
+    for name, damaged_at in (("a.en", None), ("b.en", -40)):  # before the checksum of 32 and the crc32 of 4: the ends
+        about = {"vocab_size": 20, "tokenizer_sha256": "x", "source": name[0], "language": "en"}
+        (path,) = write_part(tmp_path / name, [(np.arange(1, 18), 34)] * 3, shard_tokens=100, **about)
+        content = bytearray(path.read_bytes())
+        if damaged_at:
+            content[damaged_at] ^= 1
+            path.write_bytes(content)
+        parts[name] = TextRows(Part(name, [path]), 8, leave_out_damaged=True)
+    figures = evaluate.text(
+        OneNat(1, 1),
+        parts,
+        max_bytes=10**6,
+        rows_at_once=4,
+        pad_id=0,
+        marks=(None, None),
+        autocast=contextlib.nullcontext,
+    )
+    assert list(figures) == ["a.en"]
+    assert figures["a.en"]["loss"] == 1 and figures["a.en"]["text_bytes"] == 102
