@@ -10,16 +10,30 @@ import pytest
 
 CLUSTER = Path(__file__).parents[1] / "recipes/cluster"
 WORKER = """#!/usr/bin/env bash
-# train.py: says who it is, and ends with 3 when it is told to stop
+# train.py: says who it is, and ends with 3 when it is told to stop, the main process last, which has more to write
 echo "$$ rank=$RANK local=$LOCAL_RANK world=$WORLD_SIZE at=$MASTER_ADDR words=$*" >> "$SAID"
-trap 'exit 3' USR1 TERM
+trap '[ $RANK = 0 ] && sleep 1.2; echo "rank $RANK left" >> "$SAID"; exit 3' USR1 TERM
 for _ in $(seq 600); do sleep 0.05; [ -e "$DONE" ] && exit 0; done
 """
-# Slurm's own: starts the tasks, hands them signals, returns the highest status
+# Slurm's own: starts the tasks, hands them signals, returns the highest status. A site may have set KillOnBadExit, by
+# which the first task that fails ends the others, and WaitTime, by which the first that ends does, a while later.
 SRUN = """#!/usr/bin/env bash
-shift
+kill_on_bad_exit=1 wait=1
+while [[ "$1" == --* ]]; do
+    case "$1" in
+        --kill-on-bad-exit=*) kill_on_bad_exit=${1#*=} ;;
+        --wait=*) wait=${1#*=} ;;
+        *) exit 9 ;;
+    esac
+    shift
+done
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids="$pids $!"; done
-highest=0
+wait -n -p first
+status=$?
+if [ $status -ne 0 ] && [ $kill_on_bad_exit -eq 1 ]; then kill -9 $pids; fi
+if [ $wait -gt 0 ]; then sleep $wait; kill -9 $pids; fi
+highest=$status
+pids=${pids/ $first/}
 for pid in $pids; do wait "$pid"; status=$?; [ $status -gt $highest ] && highest=$status; done
 exit $highest
 """
@@ -72,7 +86,8 @@ def test_slurm_starts_the_workers_itself_and_requeues_a_job_that_was_stopped(clu
     assert workers(folder) == expected
     for line in (folder / "said").read_text().splitlines():
         os.kill(int(line.split()[0]), signal.SIGUSR1)  # as --signal=USR1@120 does, to the tasks
-    assert job.wait(60) == 3 and (folder / "said").read_text().splitlines()[-1] == "requeue 7"
+    assert job.wait(60) == 3
+    assert (folder / "said").read_text().splitlines()[2:] == ["rank 1 left", "rank 0 left", "requeue 7"]
 
 
 def test_a_slurm_job_that_is_done_is_not_requeued(cluster):

@@ -25,9 +25,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-# --kill-on-bad-exit: a worker that fails takes the others with it, instead of leaving them in a collective.
+# Workers leave one after the other, with 3 when they were stopped, and nobody may end the rest for it, whatever the
+# site's KillOnBadExit and WaitTime: the main one still writes. A worker that fails closes its connections, and so the
+# others fail in their next collective, at its time-out at the latest.
 # exec: the worker is the process that Slurm signals, not a shell around it.
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=0 --wait=0 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
     exec python train.py "$@"' worker "$@"

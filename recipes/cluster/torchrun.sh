@@ -22,7 +22,8 @@ stop() {
 trap stop TERM INT USR1
 
 # `wait` ends when a trap has run, and then there is more to wait for
-status=0
+wait "$launcher"
+status=$?
 while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher"
     status=$?
