@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquila_sft import snapshot
+from aquila_sft import checkpoint, snapshot
 from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 
@@ -164,5 +164,5 @@ def first_files(wanted: snapshot.Wanted, at_most_bytes: float) -> tuple[str, ...
         names.append(name)
         total += size
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(names), encoding="utf-8")
+    checkpoint.write_text(kept, json.dumps(names))
     return tuple(names)

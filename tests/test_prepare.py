@@ -853,6 +853,14 @@ def test_the_first_files_up_to_a_size_are_chosen_and_asked_for_once(monkeypatch,
     monkeypatch.setattr(snapshot, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(snapshot, "probe", lambda wanted: ("0" * 40, sizes))
     wanted = snapshot.Wanted("a/b", "dataset", None, ("data/*",))
+
+    def interrupted(handle):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # while the choice is written
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hub.first_files(wanted, 35)
     assert hub.first_files(wanted, 35) == ("data/0.jsonl", "data/1.jsonl", "data/2.jsonl")
     assert hub.first_files(wanted, 1) == ("data/0.jsonl",)
     monkeypatch.setattr(snapshot, "probe", None)
