@@ -12,22 +12,31 @@ from aquila_sft import checkpoint, runtime
 class MetricsFile:
     """metrics.jsonl: one object a logged step, in order; a run that goes on continues where its checkpoint was.
 
-    What was logged after that checkpoint is dropped, to be logged again: steps after `from_step`, and the evaluation
-    that follows the last step.
+    What was logged after that checkpoint is dropped, to be logged again: steps after `from_step`, roll-backs to it, and
+    the evaluation that follows the last step.
     """
 
     def __init__(self, path: Path, *, from_step: int, last_step: int) -> None:
         self.path, self.last_step = path, last_step
-        kept = [m for m in self.read() if m["step"] <= from_step and (m["step"] < last_step or "loss" in m)]
+        kept = [
+            m
+            for m in self.read()
+            if m["step"] <= from_step
+            and (m["step"] < last_step or "loss" in m)
+            and (m["step"] < from_step or "rolled_back_from" not in m)
+        ]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic()
         if runtime.is_main():
             checkpoint.write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def again_from(self, step: int) -> "MetricsFile":
-        """The file after the run went back to an earlier step; the time that cost counts."""
+        """The file after the run went back to an earlier step; the time that cost counts, and that it did so before."""
+        before = [m for m in self.read() if m["step"] == step and "rolled_back_from" in m]
         again = MetricsFile(self.path, from_step=step, last_step=self.last_step)
         again.seconds_before = self.seconds()
+        for line in before:
+            again.write(**line)
         return again
 
     def seconds(self) -> float:

@@ -323,6 +323,12 @@ def test_too_many_take_the_run_back_without_their_data_whenever_the_host_looks(s
         assert [m["rolled_back_from"] for m in metrics(out) if "rolled_back_from" in m] == [7 if every == 1 else 8]
         ends.append(out / "final")
     assert same_weights(*ends)
+    # a kill between the roll-back and the next checkpoint: it is made again, and told once
+    again = interrupted(out, tmp_path / "again", step=4)
+    done = run(*words(shards, again, *more))
+    assert done.returncode == 0 and "back to step 4" in done.stdout, done.stderr
+    assert [m["rolled_back_from"] for m in metrics(again) if "rolled_back_from" in m] == [8]
+    assert same_weights(again / "final", out / "final")
 
 
 def test_a_run_that_goes_wrong_again_and_again_stops_with_its_good_checkpoints(shards, tmp_path, monkeypatch):
@@ -330,6 +336,7 @@ def test_a_run_that_goes_wrong_again_and_again_stops_with_its_good_checkpoints(s
     more = ("train.max_skipped=0", "train.max_rollbacks=2")
     done = run(*words(shards, out := tmp_path / "run", *more))
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: more than 0 updates skipped")
+    assert [m["step"] for m in metrics(out) if "rolled_back_from" in m] == [4, 4]
     assert "after 2 roll-backs" in done.stderr and "last good checkpoint: step-000004" in done.stderr
     saved = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert saved == ["step-000002", "step-000004"] and summary(out)["status"] == "failed"
