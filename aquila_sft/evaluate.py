@@ -151,11 +151,14 @@ def nats(
 
 
 def by_language(metrics: dict) -> dict[str, dict[str, float]]:
-    """{"eval_loss_en": 1, "eval_bits_per_byte_en": 2} -> {"eval_loss": {"en": 1}, "bits_per_byte": {"en": 2}}"""
+    """{"eval_loss_en": 1, "eval_bits_per_byte_en": 2} -> {"eval_loss": {"en": 1}, "bits_per_byte": {"en": 2}}
+
+    What was no finite number (null in metrics.jsonl) has no entry.
+    """
     table: dict[str, dict[str, float]] = {"bits_per_byte": {}, "eval_loss": {}}
     for key, value in metrics.items():
         for prefix, name in (("eval_bits_per_byte_", "bits_per_byte"), ("eval_loss_", "eval_loss")):
-            if key.startswith(prefix):
+            if key.startswith(prefix) and value is not None:
                 table[name][key.removeprefix(prefix)] = round(value, 4)
     return table
 

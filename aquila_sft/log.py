@@ -1,6 +1,7 @@
 """What a run says while it trains: a progress bar for the person, metrics.jsonl for everything else."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -43,10 +44,12 @@ class MetricsFile:
         """Training time so far, over all sittings."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def write(self, **figures: float | int | dict) -> None:
+    def write(self, **figures: float | int | dict | None) -> None:
+        """One line; a figure that is no finite number is null, since JSON has no word for it."""
+        figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         if runtime.is_main():
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+                file.write(json.dumps(figures, allow_nan=False) + "\n")
 
     def read(self) -> list[dict]:
         return self.lines(self.path)

@@ -221,7 +221,7 @@ class Trainer:
             step,
             loss=loss,
             lr=update.lr,
-            grad_norm=norm if math.isfinite(norm) else None,
+            grad_norm=norm,
             skipped_updates=int(skipped),
             tokens_per_s=round(tokens_per_s, 1),
             data_wait_share=round(window.waited / seconds, 6),
@@ -235,7 +235,8 @@ class Trainer:
 
     def evaluate(self, step: int) -> None:
         found = self.evaluation(self.model)
-        self.bits_per_byte = {step: {part: round(figures["bits_per_byte"], 4) for part, figures in found.items()}}
+        bits = {part: figures["bits_per_byte"] for part, figures in found.items()}
+        self.bits_per_byte = {step: {part: round(value, 4) for part, value in bits.items() if math.isfinite(value)}}
         figures = {
             f"eval_{name}_{part}": value
             for part, of_part in found.items()

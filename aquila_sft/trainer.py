@@ -307,7 +307,7 @@ class Narrator(TrainerCallback):
                 tokens=tokens,
                 loss=loss,
                 lr=logs["learning_rate"],
-                grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+                grad_norm=norm,
                 skipped_updates=skipped,
                 tokens_per_s=round(tokens_per_s, 1),
                 peak_memory_bytes=peak_memory_bytes(),

@@ -1,6 +1,8 @@
 """What evaluations in the loop cost, how often they are therefore made, and what damage does to them."""
 
 import contextlib
+import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from aquila_sft.config import PretrainTrain
 from aquila_sft.data.shards import Part
 from aquila_sft.data.text_rows import TextRows
 from aquila_sft.evaluate import in_the_loop
+from aquila_sft.log import MetricsFile
 
 
 def train(**settings) -> PretrainTrain:
@@ -78,3 +81,12 @@ def test_a_held_back_part_of_which_nothing_can_be_read_has_no_figures_and_the_ot
     )
     assert list(figures) == ["a.en"]
     assert figures["a.en"]["loss"] == 1 and figures["a.en"]["text_bytes"] == 102
+
+
+def test_an_evaluation_that_is_no_number_is_null_in_metrics_and_absent_from_the_summary(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", from_step=-1, last_step=9)
+    metrics.write(step=1, seconds=0.1, eval_loss_en=math.nan, eval_bits_per_byte_en=math.inf, eval_loss_zh=2.0)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (line["eval_loss_en"], line["eval_bits_per_byte_en"], line["eval_loss_zh"]) == (None, None, 2.0)
+    assert evaluate.of_run(metrics.read())["eval_loss"] == {"zh": 2.0}
