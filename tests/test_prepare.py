@@ -11,6 +11,7 @@ import signal
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -604,6 +605,22 @@ def test_an_overwriting_run_that_is_stopped_again_and_again_ends(tmp_path, token
     assert starts > 2 and len(made) == len(set(made)) and not (out / ".previous").exists()
     made = Prepared(out)
     assert sum(part.documents for part in (*made.parts.values(), *made.held_back.values())) == 61
+
+
+def test_of_two_workers_with_the_same_task_the_later_one_keeps_what_the_faster_one_made(tmp_path, monkeypatch):
+    def make(work, task, folder):
+        folder.mkdir()
+        (folder / "made").write_text("the later one")
+
+    def rename(aside, target, own=os.rename):
+        target.mkdir()  # in the last instant
+        (target / "made").write_text("the faster one")
+        own(aside, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    steps.Step("read", None, make).run(SimpleNamespace(folder=tmp_path), "000000")
+    assert (tmp_path / "read/000000/made").read_text() == "the faster one"
+    assert [path.name for path in (tmp_path / "read").iterdir()] == ["000000"]
 
 
 def test_a_failure_is_recorded_and_leaves_nothing_that_looks_finished(tmp_path, tokenizer_folder, monkeypatch):

@@ -13,6 +13,7 @@ follows from the input alone: the same bytes from one worker or a thousand. Memo
 range of keys.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -73,9 +74,12 @@ class Step:
             self.make(work, task, aside)
             for path in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
                 checkpoint.sync(path)
-            if not target.exists():  # else another worker, given the same task, was faster with the same bytes
+            try:
                 os.rename(aside, target)
-                checkpoint.sync(target.parent)
+            except OSError as error:  # another worker, given the same task, was faster with the same bytes
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            checkpoint.sync(target.parent)
         finally:
             checkpoint.remove(aside)
 
