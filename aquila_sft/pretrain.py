@@ -393,9 +393,3 @@ def parameter_groups(model: torch.nn.Module, optim: Optim) -> list[dict]:
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
     return [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def compile_layers(model: torch.nn.Module) -> None:
-    """Each layer by itself: all are alike, so the compiler works on one, and starting takes seconds, not minutes."""
-    for layer in model.base_model.layers:
-        layer.compile()

@@ -1,6 +1,7 @@
 """A swapped model proven before it trains, in the arithmetic it trains in: each part against the model's own.
 
 settle -> check: the head -> the loss -> each norm -> packed conversations apart, else sdpa in the attention's place
+compile_layers -> layers through torch.compile, against themselves before
 """
 
 from contextlib import AbstractContextManager
@@ -133,6 +134,44 @@ def check_isolation(model: torch.nn.Module, device: str, autocast: AbstractConte
             f"attention {attention} does not keep packed conversations apart (they differ by {difference:.0%})"
         )
     return difference
+
+
+def compile_layers(
+    model: torch.nn.Module, shape: tuple[int, int], device: str, autocast: AbstractContextManager
+) -> None:
+    """Each layer through torch.compile, then compared with what it was, forward and backward, as it trains.
+
+    All are alike, so the compiler works on one, and starting takes seconds, not minutes. `shape`: rows and tokens of a
+    micro-batch; another one here would be compiled, too, and make the training's a dynamic one. Raises UserError.
+    """
+    base, (rows, length) = base_of(model), shape
+    ids = probe_ids(model, shape).to(device)
+    positions = (torch.arange(length) % (length // 3 + 1)).repeat(rows, 1).to(device)
+    upstream = probe(rows * length, base.config.hidden_size).to(device)
+
+    def outcome() -> tuple[Tensor, Tensor]:
+        embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+        with autocast:
+            hidden = decode(base, inputs_embeds=embedded, position_ids=positions).float()
+        (hidden * upstream).sum().backward(inputs=[embedded])
+        return hidden.detach(), embedded.grad
+
+    was_training = model.training
+    model.train()
+    plain = outcome()
+    for layer in base.base_model.layers:
+        layer.compile()
+    try:
+        compiled = outcome()
+    except Exception as error:  # compilers raise errors of their own
+        if isinstance(error, Stopped):
+            raise
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"train.compile: the layers cannot be compiled ({why}); use train.compile=false") from None
+    model.train(was_training)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        if not (ours - theirs).norm() <= 0.05 * theirs.norm():  # rounding in bf16 by 1 %
+            raise UserError("train.compile: compiled layers compute something else; use train.compile=false")
 
 
 def probe(*shape: int, seed: int = 0) -> Tensor:

@@ -363,6 +363,19 @@ def test_weights_that_are_no_numbers_are_never_saved(unbroken, shards, tmp_path,
         assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
 
 
+def test_compiled_layers_train_to_the_same_losses(unbroken, shards, tmp_path, monkeypatch):
+    """Captured as on a GPU, forward and backward; the machine code, which takes minutes to make here, is left out."""
+    made, own = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **how: made.append(given) or own(*given, backend="aot_eager"))
+    done = run(*words(shards, tmp_path / "run", "train.compile=true", "train.intermediate_steps=null"))
+    assert done.returncode == 0, done.stderr
+    assert len(made) == TINY_ARCHITECTURE["model.num_hidden_layers"]
+    losses = [[m["loss"] for m in metrics(folder) if "loss" in m] for folder in (tmp_path / "run", unbroken[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    bits = [summary(folder)["bits_per_byte"] for folder in (tmp_path / "run", unbroken[0])]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-3)
+
+
 def test_the_proof_is_a_command_and_finds_a_shard_that_changed(unbroken, shards, tmp_path):
     folder, _ = unbroken
     assert proof.of_run(folder) == summary(folder)["verdict"]

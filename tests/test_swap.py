@@ -834,3 +834,20 @@ def test_our_trainer_takes_the_same_step_with_either_kernel(world, monkeypatch, 
         results[kernel] = step["gradients"] | {"loss": torch.tensor(step["loss"])}
         assert ("Triton's kernels compute 5 norms and the loss" in capsys.readouterr().out) == (kernel == "triton")
     assert_same(results["triton"], results["torch"])
+
+
+@pytest.mark.parametrize("scale, told", [(1.0, None), (1.2, "compute something else"), (None, "no compiler")])
+def test_compiled_layers_that_compute_something_else_or_cannot_be_made_are_refused(monkeypatch, scale, told):
+    def compile(call):
+        def compiled(*given, **named):
+            if scale is None:
+                raise RuntimeError("no compiler\nin ten lines")
+            return call(*given, **named) * scale
+
+        return compiled
+
+    net = built()
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(UserError, match=f"{told}.*train.compile=false") if told else nullcontext():
+        settle.compile_layers(net, (2, 24), "cpu", nullcontext())
+    assert all(parameter.grad is None for parameter in net.parameters())

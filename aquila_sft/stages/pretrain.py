@@ -156,7 +156,7 @@ def train(
         asked = cfg.train.attention is not Attention.auto
         attention = settle.settle(net, trainer.accelerator.device, autocast(), asked=asked)
         if is_compiled(cfg, choices):
-            pretrain.compile_layers(net)
+            settle.compile_layers(net, (plan.micro_rows, cfg.train.max_length), trainer.accelerator.device, autocast())
         if newest:
             trainer.restore(newest)
         elif base:
