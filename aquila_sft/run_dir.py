@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ NOT_IDENTITY = {
 
 # What a run makes. Only these are ever moved or deleted; whatever else lies in the directory is the user's.
 MADE = (
-    *("config.yaml", "env.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
+    *("config.yaml", "env.json", "input.json", "metrics.jsonl", "summary.json", "ledger.json", "answers.jsonl"),
     *("checkpoints", "intermediate", "final", "adapter", "data", "tokenizer", "tensorboard"),
     "identity.json",  # leaves last and comes back first: where it lies tells whose the other files are
 )
@@ -267,11 +267,12 @@ def plain(cfg: Any) -> dict:
 
 def files_sha256(files: list[Path]) -> str:
     """One hash over the bytes of files, in order; names do not count."""
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+    return joined(map(checkpoint.sha256, files))
+
+
+def joined(hashes: Iterable[str]) -> str:
+    """One of several, in order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
 
 
 def folder_sha256(folder: Path, *patterns: str) -> str:

@@ -22,7 +22,7 @@ import zstandard
 from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 
 import train
-from aquila_sft import hub, snapshot
+from aquila_sft import checkpoint, hub, snapshot
 from aquila_sft.config import CleanPolicy
 from aquila_sft.data import clean, conversations, documents, shards, steps, text_set
 from aquila_sft.data.documents import Document
@@ -560,6 +560,26 @@ def test_a_finished_run_is_reused_and_a_damaged_one_made_again(tmp_path, tokeniz
     prepared(tokenizer_folder, out, tmp_path / "b.jsonl")
     assert "00000.shard is missing, or has not the" in capsys.readouterr().out
     assert content(out / "final") == before
+
+
+def test_input_that_was_hashed_is_not_read_for_it_again_until_it_looks_changed(tmp_path, monkeypatch):
+    stage, read = importlib.import_module("aquila_sft.stages.prepare"), []
+    monkeypatch.setattr(stage.checkpoint, "sha256", lambda file, own=checkpoint.sha256: read.append(file) or own(file))
+    a, b = (tmp_path / name for name in ("a.jsonl", "b.jsonl"))
+    for file in (a, b):
+        file.write_text("some text")
+    files = {"web": [a, b]}
+    fresh = stage.hashes_of(files, {})
+    assert [about["look"] for about in fresh.values()] == [None, None] and len(read) == 2  # could change this instant
+    monkeypatch.setattr(stage.time, "time_ns", lambda own=time.time_ns: own() + 10**10)  # ten seconds later
+    settled = stage.hashes_of(files, fresh)
+    assert len(read) == 4 and stage.hashes_of(files, settled) == settled and len(read) == 4
+    before = b.stat()
+    b.write_text("SOME TEXT")
+    os.utime(b, ns=(before.st_atime_ns, before.st_mtime_ns))  # of the same size, and dated back
+    changed = stage.hashes_of(files, settled)
+    assert read[4:] == [b] and changed[str(a)] == settled[str(a)]
+    assert changed[str(b)]["sha256"] == hashlib.sha256(b"SOME TEXT").hexdigest()
 
 
 def test_other_text_or_settings_are_another_run(tmp_path, tokenizer_folder, capsys):

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
@@ -19,6 +20,7 @@ from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
 from aquila_sft.inputs import named_vocabulary
 
+INPUT = "input.json"  # hashes of the input's files
 VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
 # Nothing here is drawn or computed with the first two; the others say who works, and on how much at a time.
 NOT_IDENTITY = ("seed", "kernel", "prepare.slice_mb", "prepare.workers", "prepare.executor", "prepare.tasks")
@@ -38,7 +40,9 @@ def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
         corpora = fetch(cfg.data) if from_hub else {}
         files = {name: corpus.files for name, corpus in corpora.items()}
         files = files or documents.find(cfg.data, Path(f"outputs/{cfg.scale}/world"))
-        out = stack.enter_context(run_dir.opened(cfg, identity_of(cfg, vocabulary, files)))
+        hashed = hashes_of(files, run_dir.read_json(Path(cfg.output_dir) / INPUT) or {})
+        out = stack.enter_context(run_dir.opened(cfg, identity_of(cfg, vocabulary, files, hashed)))
+        run_dir.write_json(out.path / INPUT, hashed)
         if out.is_finished() and is_whole(out):
             return closing(cfg, out, "is finished and of the same text and settings: reused, nothing done")
         stack.enter_context(out.recorded(cfg))
@@ -67,7 +71,33 @@ def files_of(vocabulary: Path) -> list[Path]:
     return sorted(f for pattern in VOCABULARY_FILES for f in vocabulary.glob(pattern))
 
 
-def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]]) -> dict:
+def hashes_of(files: dict[str, list[Path]], known: dict[str, dict]) -> dict[str, dict]:
+    """{file: its sha256 and look}, several at once. One that looks as it is known is not read: not a terabyte a start.
+
+    look: size, inode, and when content and inode were changed. It is None for a file changed within the clocks'
+    precision before it was read, which could change again without looking so.
+    """
+
+    def look(file: Path) -> list[int]:
+        about = file.stat()
+        return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
+
+    def hashed(file: Path) -> dict:
+        before, now = look(file), time.time_ns()
+        is_settled = now - max(before[2:]) > 2e9
+        return {"sha256": checkpoint.sha256(file), "look": before if is_settled else None}
+
+    paths = {str(path.absolute()): path for of_source in files.values() for path in of_source}
+    kept = {name: known[name] for name, path in paths.items() if name in known and known[name]["look"] == look(path)}
+    new = [path for name, path in paths.items() if name not in kept]
+    size = sum(path.stat().st_size for path in new)
+    if size > 1e9:
+        runtime.say(f"  hashing {size / 1e9:,.0f} GB of input, once")
+    with ThreadPoolExecutor(runtime.cores()) as pool:
+        return kept | dict(zip((str(path.absolute()) for path in new), pool.map(hashed, new), strict=True))
+
+
+def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]], hashed: dict[str, dict]) -> dict:
     """Settings and contents; the names of sources count, those of files do not."""
     from aquila_sft.data import decontaminate
     from aquila_sft.data.text_set import FORMAT
@@ -77,7 +107,10 @@ def identity_of(cfg: PrepareRun, vocabulary: Path, files: dict[str, list[Path]])
         for key, value in run_dir.identity_of(cfg).items()
         if key not in NOT_IDENTITY and not key.startswith(NOT_IDENTITY_GROUPS)
     }
-    contents = {f"data.files.{source}": run_dir.files_sha256(paths) for source, paths in files.items()}
+    contents = {
+        f"data.files.{source}": run_dir.joined(hashed[str(path.absolute())]["sha256"] for path in paths)
+        for source, paths in files.items()
+    }
     if cfg.prepare.decontaminate:
         items = decontaminate.read(Path(cfg.prepare.decontaminate).expanduser())
         contents["prepare.decontaminate"] = decontaminate.sha256(items)
