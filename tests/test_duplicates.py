@@ -6,12 +6,13 @@ import os
 import random
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import SENTENCES
 
-from aquila_sft.data import conversations, duplicates
+from aquila_sft.data import conversations, duplicates, steps
 from aquila_sft.data.units import ngram_hashes, unit_hashes
 
 THRESHOLD = 0.7
@@ -212,3 +213,25 @@ def test_near_copies_planted_in_real_text_are_found_and_nothing_else(tmp_path, n
     texts, copies = planted(texts, 200, seed=4)
     recall, precision = shares(found(written(tmp_path / "planted", texts, slices=3)), copies)
     assert recall >= 0.99 and precision >= 0.99
+
+
+def test_a_slice_finds_its_copies_of_all_ranges_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "GROUP", 2)
+    random, of = np.random.default_rng(0), {"00": set(), "01": set(), "02": set()}
+    work = SimpleNamespace(folder=tmp_path, slices=range(5))
+    for folder in ("match", "copies"):
+        (tmp_path / folder).mkdir()
+    for band, chosen in of.items():
+        for part in ("0", "1"):
+            numbers = {(int(s) << duplicates.ROW_BITS) + int(r) for s, r in random.integers(0, (5, 9), (6, 2))}
+            np.save(tmp_path / f"match/{band}-{part}.npy", np.array(sorted(numbers), dtype=np.uint64))
+            chosen |= numbers
+    for task in steps.group_tasks(work):
+        steps.make_copies(work, task, tmp_path / "copies" / task)
+    opened = []
+    monkeypatch.setattr(np, "load", lambda *given, own=np.load, **how: opened.append(given) or own(*given, **how))
+    for number in range(5):
+        equal, like = steps.copies(work, number, 9)
+        assert [(number << duplicates.ROW_BITS) + row in of["00"] for row in range(9)] == equal.tolist()
+        assert [(number << duplicates.ROW_BITS) + row in of["01"] | of["02"] for row in range(9)] == like.tolist()
+    assert len(opened) == 5

@@ -760,7 +760,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, corpus,
             break
         assert not (out / "final").exists() or shards.Prepared(out)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(ends) >= 3 and reached >= {"read", "match", "tokenize"}, (ends, reached)
+    assert len(ends) >= 3 and reached >= {"read", "match", "copies", "tokenize"}, (ends, reached)
     assert results(out) == unbroken
     assert not (out / "data").exists()
 
@@ -938,9 +938,9 @@ def test_slurm_is_told_every_step_in_order_with_what_the_recipe_says(tmp_path, m
         corpus, tokenizer_folder, tmp_path / "out", "prepare.executor=slurm", "prepare.tasks=3", "".join(slurm)
     )
     assert train.main(command) == 3
-    assert [job.step for job in made] == ["index", "read", "match", "tokenize", "plan", "shards"]
+    assert [job.step for job in made] == ["index", "read", "match", "copies", "tokenize", "plan", "shards"]
     about = made[1].about
     assert (about["partition"], about["time"], about["workers"]) == ("cpu", "24:00:00", 128)
     assert about["env_command"] == "source .venv/bin/activate" and about["skip_completed"] is False
-    assert train.main(command) == 0 and len(made) == 6
+    assert train.main(command) == 0 and len(made) == 7
     assert Prepared(tmp_path / "out").parts

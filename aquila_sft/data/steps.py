@@ -3,6 +3,7 @@
     index     benchmark items -> their n-grams                                                     one task
     read      slice of files -> clean documents, free of benchmark items; their keys, signatures   a task a slice
     match     range of keys of a band, of all slices -> documents with an earlier one like them    a task a range
+    copies    what all ranges found, of one group of slices                                        a task a group
     tokenize  slice -> ids of the documents that stay, by source and language                      a task a slice
     plan      sizes of them all -> what is held back, where which shard begins and ends            one task
     shards    ids of one shard, of all slices -> train/ or held-back/<source>.<language>/00000.shard
@@ -32,6 +33,7 @@ from aquila_sft.data.slices import Slice
 from aquila_sft.data.units import unit_hashes
 
 ASIDE = ".writing-"  # the name of what is not whole yet begins so
+GROUP = 64  # slices whose copies lie in one file: a slice that looked through all ranges itself would open thousands
 READ_CHARACTERS, READ_DOCUMENTS = 2**22, 4096  # that are in memory at once
 
 
@@ -184,16 +186,37 @@ def make_match(work: Work, task: str, target: Path) -> None:
         np.save(file, found)
 
 
-def copies(work: Work, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(equal to, like) an earlier document: bool [documents] of one slice."""
-    equal, like = np.zeros((2, count), dtype=bool)
-    low, high = np.array([number, number + 1], dtype=np.uint64) << np.uint64(duplicates.ROW_BITS)
-    for task in match_tasks(work):
-        found = np.load(work.folder / "match" / task, mmap_mode="r")
-        start, end = np.searchsorted(found, [low, high])
-        rows = (found[start:end] - low).astype(np.int64)
-        (equal if task.startswith(f"{duplicates.EXACT:02d}-") else like)[rows] = True
-    return equal, like
+# ---- copies
+
+
+def group_tasks(work: Work) -> list[str]:
+    return [f"{first:06d}.npz" for first in range(0, len(work.slices), GROUP)]
+
+
+def make_copies(work: Work, task: str, target: Path) -> None:
+    """equal, like: numbers of the documents with an earlier one such."""
+    first = int(task.removesuffix(".npz"))
+    nothing = np.empty(0, dtype=np.uint64)
+    found = {"equal": [nothing], "like": [nothing]}
+    for path in sorted((work.folder / "match").glob("*.npy")):
+        kind = "equal" if path.name.startswith(f"{duplicates.EXACT:02d}-") else "like"
+        found[kind].append(of_slices(np.load(path, mmap_mode="r"), first, first + GROUP))
+    with open(target, "wb") as file:
+        np.savez(file, **{kind: np.unique(np.concatenate(numbers)) for kind, numbers in found.items()})
+
+
+def of_slices(numbers: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Of documents' numbers, ascending, those in slices first … end - 1."""
+    edges = np.array([first, end], dtype=np.uint64) << np.uint64(duplicates.ROW_BITS)
+    return numbers[slice(*np.searchsorted(numbers, edges))]
+
+
+def copies(work: Work, number: int, count: int) -> np.ndarray:
+    """(equal to, like) an earlier document: bool [2, documents] of one slice."""
+    found, marks = np.load(work.folder / "copies" / group_tasks(work)[number // GROUP]), np.zeros((2, count), bool)
+    for kind, mark in zip(("equal", "like"), marks, strict=True):
+        mark[of_slices(found[kind], number, number + 1) & np.uint64(2**duplicates.ROW_BITS - 1)] = True
+    return marks
 
 
 # ---- tokenize
@@ -270,6 +293,7 @@ STEPS = (
     Step("index", index_tasks, make_index),
     Step("read", slice_tasks, make_read),
     Step("match", match_tasks, make_match),
+    Step("copies", group_tasks, make_copies),
     Step("tokenize", slice_tasks, make_tokenize),
     Step("plan", plan_tasks, make_plan),
     Step("shards", shard_tasks, make_shard),
