@@ -107,10 +107,10 @@ class Saver:
             self.thread.shutdown()
 
 
-def check_finite(state: dict, step: int) -> None:
+def check_finite(state: dict | list | tuple, step: int) -> None:
     """Raises UserError when a tensor of the state holds NaN or infinity."""
-    for name, value in state.items():
-        if isinstance(value, dict):
+    for name, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, (dict, list, tuple)):
             check_finite(value, step)
         elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
             # NaN wins in both, so one pass without a mask of the same size is enough

@@ -10,12 +10,12 @@ from pathlib import Path
 from aquila_sft import pretrain, runtime
 
 
-def poison(places: set, patch=setattr) -> None:
-    """Gradients of the steps whose data begin at these places are no numbers."""
+def poison(places: set, patch=setattr, times: float = float("nan")) -> None:
+    """Gradients of the first parameter are multiplied, in the steps whose data begin at these places."""
     own = pretrain.Trainer.step
 
     def step(self, loaded):
-        factor = float("nan") if self.loader.place(loaded.step) in places else 1.0
+        factor = times if self.loader.place(loaded.step) in places else 1.0
         hook = next(self.model.parameters()).register_hook(lambda gradient: gradient * factor)
         try:
             return own(self, loaded)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import poisoned
@@ -21,9 +22,9 @@ import warm
 from safetensors.torch import load_file
 from shard_files import write_part
 from tiny import SENTENCES, TINY_ARCHITECTURE, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from aquila_sft import checkpoint, pretrain, proof
+from aquila_sft import checkpoint, guard, log, pretrain, proof
 from aquila_sft.data.rows import IGNORE
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.data.text_rows import TextRows, batch
@@ -213,21 +214,6 @@ def test_rows_hold_every_token_once_and_restart_positions_at_documents(tmp_path)
     assert sorted(predicted) == sorted(t for d in documents for t in d[1:])
 
 
-@pytest.mark.slow
-def test_sigterm_saves_the_step_and_exits_with_3(shards, tmp_path):
-    out = tmp_path / "run"
-    more = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9")
-    process = warm.Process(words(shards, out, *more), env=ENV)
-    while not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 3 and "Traceback" not in process.stderr
-    assert summary(out)["status"] == "stopped"
-    (saved,) = (out / "checkpoints").iterdir()
-    assert metrics(out)[-1]["step"] == int(saved.name[5:])
-
-
 def interrupted(whole: Path, out: Path, step: int) -> Path:
     """A copy of a run as a kill after `step` left it."""
     shutil.copytree(whole, out)
@@ -245,16 +231,46 @@ def together(*words, script=warm.TRAIN) -> list[warm.Process]:
         free.bind(("127.0.0.1", 0))
         about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
     envs = [ENV | {k: str(v) for k, v in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in (0, 1)]
-    both = [warm.Process(words, script=script, env=env) for env in envs]
+    return [warm.Process(words, script=script, env=env) for env in envs]
+
+
+def ended(both: list[warm.Process]) -> list[warm.Process]:
     assert [process.wait(90) for process in both] == [0, 0], both[0].stderr + both[1].stderr
     return both
+
+
+ENDLESS = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9", "train.eval_share=0")
+
+
+def stopped_by(number: int, out: Path, processes: list[warm.Process]) -> None:
+    """After a few steps the last process has a signal; all end with 3, and what was trained is saved."""
+    while not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
+        assert all(process.poll() is None for process in processes), processes[0].stderr
+        time.sleep(0.05)
+    processes[-1].send_signal(number)
+    assert all(process.wait(60) == 3 and "Traceback" not in process.stderr for process in processes)
+    assert summary(out)["status"] == "stopped"
+    (saved,) = (out / "checkpoints").iterdir()
+    assert metrics(out)[-1]["step"] == int(saved.name[5:]) and checkpoint.problem(saved) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_saves_the_step_and_exits_with_3(shards, tmp_path, number):
+    out = tmp_path / "run"
+    stopped_by(number, out, [warm.Process(words(shards, out, *ENDLESS), env=ENV)])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(shards, tmp_path):
+    out = tmp_path / "run"
+    stopped_by(signal.SIGUSR1, out, together(*words(shards, out, *ENDLESS)))
 
 
 @pytest.mark.slow
 def test_one_process_then_two_then_one_train_on_the_same_rows_as_one(unbroken, shards, tmp_path):
     whole, _ = unbroken
     out = interrupted(whole, tmp_path / "run", step=2)
-    told, _ = together(*words(shards, out))
+    told, _ = ended(together(*words(shards, out)))
     assert "2 process(es)" in told.stdout and "going on from step 2" in told.stdout
     assert summary(out)["verdict"] == summary(whole)["verdict"]
     interrupted(out, tmp_path / "again", step=6)
@@ -274,13 +290,26 @@ def test_one_process_then_two_then_one_train_on_the_same_rows_as_one(unbroken, s
 
 
 @pytest.mark.slow
+def test_an_anneal_of_one_process_goes_on_with_two(unbroken, shards, tmp_path):
+    base = unbroken[0] / "checkpoints/step-000004"
+    more = (f"model.path={base}", "data.sources={notes: 1, wiki: 1}", "train.max_steps=4")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(*words(shards, whole, *more, recipe="anneal")).returncode == 0
+    told, _ = ended(together(*words(shards, interrupted(whole, out, step=2), *more, recipe="anneal")))
+    assert "2 process(es)" in told.stdout and "going on from step 2" in told.stdout
+    assert (out / "ledger.json").read_text() == (whole / "ledger.json").read_text()
+    rates, losses = ([[m[key] for m in metrics(f) if "loss" in m] for f in (out, whole)] for key in ("lr", "loss"))
+    assert rates[0] == rates[1] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_twice_are_bitwise_equal_and_leave_out_the_same_updates(unbroken, shards, tmp_path):
     whole, _ = unbroken
     ends = []
     for name in ("a", "b"):
         (folder := tmp_path / name).mkdir()
         out = interrupted(whole, folder / "run", step=4)
-        together(*words(shards, out), script=Path(__file__).with_name("poisoned.py"))
+        ended(together(*words(shards, out), script=Path(__file__).with_name("poisoned.py")))
         ends.append([(folder / f"weights-{rank}").read_text() for rank in (0, 1)])
         assert [m["skipped_updates"] for m in metrics(out) if "loss" in m] == [0] * 5 + [1] * 3
     assert len({*ends[0], *ends[1]}) == 1  # both processes of both runs hold the same weights
@@ -303,6 +332,76 @@ def test_an_update_without_numbers_is_left_out_and_counted_and_changes_nothing(s
     assert not torch.equal(before["model.norm.weight"], later["model.norm.weight"])
     assert all(tensor.isfinite().all() for tensor in later.values())
     assert summary(out)["updates_left_out"] == 1 and "64 rows counted" in summary(out)["verdict"]
+
+
+def test_a_spike_is_left_out_and_counted_and_the_run_goes_on(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "WINDOW", 4)  # updates before there is a spike
+    poisoned.poison({5 * 8}, monkeypatch.setattr, times=1e4)
+    done = run(*words(shards, out := tmp_path / "run", "train.save_steps=1", "train.keep_checkpoints=null"))
+    assert done.returncode == 0, done.stderr
+    told = [m for m in metrics(out) if "loss" in m]
+    assert [m["skipped_updates"] for m in told] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert told[5]["grad_norm"] > 100 * max(m["grad_norm"] for m in told if m["step"] != 6)
+    before, after, later = (tensors(out / f"checkpoints/step-{step:06d}") for step in (5, 6, 7))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(after["model.norm.weight"], later["model.norm.weight"])
+    assert summary(out)["updates_left_out"] == 1 and told[-1]["loss"] < told[0]["loss"]
+
+
+def full_disk(patch, where):
+    """Full from the third checkpoint on: no room before it, in the write, or for the log."""
+    left = {"before": 2, "in it": 2, "log": 9}[where]  # calls that find room
+
+    def until_full(owner, name, when_full):
+        own = getattr(owner, name)
+
+        def call(*given, **named):
+            nonlocal left
+            left -= 1
+            return own(*given, **named) if left >= 0 else when_full()
+
+        patch.setattr(owner, name, call)
+
+    def refuse():
+        raise OSError(28, "No space left on device")
+
+    if where == "before":
+        until_full(shutil, "disk_usage", lambda: SimpleNamespace(free=1000))
+    else:
+        until_full(*{"in it": (torch, "save"), "log": (log.MetricsFile, "write")}[where], refuse)
+
+
+@pytest.mark.parametrize("where", ["before", "in it", "log"])
+def test_a_full_disk_ends_a_run_with_one_line_and_the_same_command_goes_on(unbroken, shards, tmp_path, where):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, where)
+        done = run(*words(shards, out))
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and "no space left" in line.lower() and "nothing that was saved is lost" in line
+    assert "Traceback" not in done.stderr and summary(out)["status"] == "failed"
+    saved = checkpoint.all_of(out / "checkpoints")
+    assert len(saved) == 2 and not any(map(checkpoint.problem, saved))
+    done = run(*words(shards, out))
+    assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
+    assert same_weights(out / "final", unbroken[0] / "final")
+    assert (out / "ledger.json").read_text() == (unbroken[0] / "ledger.json").read_text()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_and_gains_and_the_embedding_do_not(tied):
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    net = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied))
+    groups = pretrain.parameter_groups(net, SimpleNamespace(weight_decay=0.1))
+    name_of = {id(parameter): name for name, parameter in net.named_parameters()}
+    decay = {name_of[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in groups) == len(name_of)  # all, each once
+    kept = {name for name, value in decay.items() if value == 0}
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    assert kept == {"model.embed_tokens.weight", "model.norm.weight"} | {
+        f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in norms
+    }
+    assert {decay[name] for name in decay.keys() - kept} == {0.1} and ("lm_head.weight" in decay) == (not tied)
 
 
 def test_too_many_take_the_run_back_without_their_data_whenever_the_host_looks(shards, tmp_path, monkeypatch):
