@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -225,20 +224,6 @@ def interrupted(whole: Path, out: Path, step: int) -> Path:
     return out
 
 
-def together(*words, script=warm.TRAIN) -> list[warm.Process]:
-    """A run of two processes, without a launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
-    envs = [ENV | {k: str(v) for k, v in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in (0, 1)]
-    return [warm.Process(words, script=script, env=env) for env in envs]
-
-
-def ended(both: list[warm.Process]) -> list[warm.Process]:
-    assert [process.wait(90) for process in both] == [0, 0], both[0].stderr + both[1].stderr
-    return both
-
-
 ENDLESS = ("train.max_steps=100000", "train.save_steps=100000", "data.max_epochs=1e9", "train.eval_share=0")
 
 
@@ -263,14 +248,14 @@ def test_a_signal_saves_the_step_and_exits_with_3(shards, tmp_path, number):
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(shards, tmp_path):
     out = tmp_path / "run"
-    stopped_by(signal.SIGUSR1, out, together(*words(shards, out, *ENDLESS)))
+    stopped_by(signal.SIGUSR1, out, warm.together(*words(shards, out, *ENDLESS)))
 
 
 @pytest.mark.slow
 def test_one_process_then_two_then_one_train_on_the_same_rows_as_one(unbroken, shards, tmp_path):
     whole, _ = unbroken
     out = interrupted(whole, tmp_path / "run", step=2)
-    told, _ = ended(together(*words(shards, out)))
+    told, _ = warm.ended(warm.together(*words(shards, out)))
     assert "2 process(es)" in told.stdout and "going on from step 2" in told.stdout
     assert summary(out)["verdict"] == summary(whole)["verdict"]
     interrupted(out, tmp_path / "again", step=6)
@@ -295,7 +280,7 @@ def test_an_anneal_of_one_process_goes_on_with_two(unbroken, shards, tmp_path):
     more = (f"model.path={base}", "data.sources={notes: 1, wiki: 1}", "train.max_steps=4")
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run(*words(shards, whole, *more, recipe="anneal")).returncode == 0
-    told, _ = ended(together(*words(shards, interrupted(whole, out, step=2), *more, recipe="anneal")))
+    told, _ = warm.ended(warm.together(*words(shards, interrupted(whole, out, step=2), *more, recipe="anneal")))
     assert "2 process(es)" in told.stdout and "going on from step 2" in told.stdout
     assert (out / "ledger.json").read_text() == (whole / "ledger.json").read_text()
     rates, losses = ([[m[key] for m in metrics(f) if "loss" in m] for f in (out, whole)] for key in ("lr", "loss"))
@@ -309,7 +294,7 @@ def test_two_processes_twice_are_bitwise_equal_and_leave_out_the_same_updates(un
     for name in ("a", "b"):
         (folder := tmp_path / name).mkdir()
         out = interrupted(whole, folder / "run", step=4)
-        ended(together(*words(shards, out), script=Path(__file__).with_name("poisoned.py")))
+        warm.ended(warm.together(*words(shards, out), script=Path(__file__).with_name("poisoned.py")))
         ends.append([(folder / f"weights-{rank}").read_text() for rank in (0, 1)])
         assert [m["skipped_updates"] for m in metrics(out) if "loss" in m] == [0] * 5 + [1] * 3
     assert len({*ends[0], *ends[1]}) == 1  # both processes of both runs hold the same weights

@@ -188,7 +188,7 @@ def summary_status(folder):
         return None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_and_status_3_and_the_same_command_goes_on(unbroken, world, tmp_path, number):
     out = tmp_path / "run"
     process = warm.Process(words(world, out), env=ENV)
@@ -335,6 +335,23 @@ def test_two_processes_train_together(world, unbroken, tmp_path):
     assert done.stdout.count("recipe=sft -> ") == 1  # one voice
     ours, theirs = summary(tmp_path / "run"), summary(unbroken["sft"][0])
     assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_a_run_of_one_process_goes_on_with_two(unbroken, world, tmp_path, recipe):
+    whole, out = unbroken[recipe][0], tmp_path / "run"
+    shutil.copytree(whole, out)
+    for made_later in (out / "final", out / "adapter", out / "checkpoints/step-000006"):
+        shutil.rmtree(made_later, ignore_errors=True)
+    (out / "summary.json").write_text(json.dumps({"status": "running"}))
+    told, _ = warm.ended(warm.together(*words(world, out, recipe=recipe)))
+    assert "2 process(es) x 1 x 2 rows" in told.stdout and "going on from step 4" in told.stdout
+    ours, theirs = ([m for m in metrics(folder) if "loss" in m] for folder in (out, whole))
+    for key in ("step", "tokens", "lr"):  # the same rows in the same order
+        assert [m[key] for m in ours] == [m[key] for m in theirs]
+    assert [m["loss"] for m in ours[4:]] == pytest.approx([m["loss"] for m in theirs[4:]], rel=2e-3)  # bf16 sums
+    assert summary(out)["bits_per_byte"] == pytest.approx(summary(whole)["bits_per_byte"], rel=1e-3)
 
 
 def test_processes_that_would_train_apart_stop(world, tmp_path):

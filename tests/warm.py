@@ -8,6 +8,7 @@ reads from the environment while it is imported is the server's: a test of such 
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,22 @@ def run(words, *, timeout=180, **how) -> subprocess.CompletedProcess:
     process = Process(words, **how)
     process.wait(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, process.stdout, process.stderr)
+
+
+def together(*words, script=TRAIN) -> list[Process]:
+    """A run of two processes, without a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    about |= {"OMP_NUM_THREADS": 1, "PYTHONUNBUFFERED": 1}
+    envs = [os.environ | {k: str(v) for k, v in (about | {"RANK": i, "LOCAL_RANK": i}).items()} for i in (0, 1)]
+    return [Process(words, script=script, env=env) for env in envs]
+
+
+def ended(both: list[Process]) -> list[Process]:
+    """As they are when all is done."""
+    assert [process.wait(90) for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    return both
 
 
 def _main(script, words, cwd, env, stdout, stderr):
