@@ -1,7 +1,13 @@
 """Conversations among the documents of pretraining: the ids of recipe=sft, and marks that no text can forge."""
 
+import json
+
 import pytest
-from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
+import torch
+import warm
+from test_pretrain import run, words
+from tiny import SENTENCES, tiny_conversations, tiny_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from aquila_sft.chat_template import encode_messages
 from aquila_sft.data import chat_documents, clean, conversations, documents
@@ -51,3 +57,44 @@ def test_what_is_no_conversation_is_left_out_with_its_reason(tmp_path):
 def test_a_vocabulary_without_the_marks_says_how_to_get_them():
     with pytest.raises(UserError, match="tokenizer.add_chat_tokens=true"):
         chat_documents.marks(None)
+
+
+@pytest.mark.slow
+def test_an_anneal_on_conversations_teaches_the_marks_and_tuning_goes_on_from_it_without_new_tokens(tmp_path):
+    """prepare -> pretrain on text -> anneal on text and conversations -> sft."""
+    tokenizer = tiny_tokenizer(tmp_path / "tok")
+    talk = write_jsonl(tmp_path / "talk.jsonl", tiny_conversations(120))
+    text = write_jsonl(tmp_path / "web.jsonl", [{"text": " ".join(SENTENCES[i:])} for i in range(len(SENTENCES))])
+    shards, trunk, annealed, tuned = (tmp_path / name for name in ("shards", "trunk", "annealed", "tuned"))
+    files = f"data.files={{web: {text}, talk: {talk}}}"
+    given = (files, f"tokenizer.path={tmp_path}/tok", "prepare.near_duplicates=null")
+    more = (f"model.path={trunk}/checkpoints/step-000004", "train.max_steps=16", "optim.lr=1e-2")
+    of_web, of_both = "data.sources={web: 1}", "data.sources={web: 1, talk: 1}"
+    for command in (
+        ("recipe=prepare", "scale=mini", f"output_dir={shards}", *given),
+        words(shards, trunk, of_web, "train.max_steps=4", "train.intermediate_steps=null"),
+        words(shards, annealed, of_both, *more, "train.intermediate_steps=null", recipe="anneal"),
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    parts = json.loads((annealed / "ledger.json").read_text())["parts"]
+    assert set(parts) == {"web.en", "web.zh", "talk.en", "talk.zh"} and all(part["rows"] for part in parts.values())
+
+    conversation = conversations.normalise(tiny_conversations(121)[-1], "").messages
+    ids = torch.tensor([encode_messages(tokenizer, conversation)[0]])
+    is_mark = (ids == tokenizer.convert_tokens_to_ids("<|im_end|>"))[0, 1:]
+    nats = []
+    for folder in (trunk, annealed):
+        logits = AutoModelForCausalLM.from_pretrained(folder / "final")(ids).logits[0, :-1]
+        nats.append(torch.nn.functional.cross_entropy(logits[is_mark], ids[0, 1:][is_mark]).item())
+    assert nats[1] < nats[0] - 1  # where a turn ends is something it was taught
+
+    settings = (f"model.path={annealed}/final", f"data.files={talk}", f"output_dir={tuned}", "train.max_length=64")
+    done = warm.run(["recipe=sft", "scale=mini", *settings, "train.tokens_per_step=256", "train.max_steps=2"])
+    assert done.returncode == 0, done.stderr
+    assert "added to the vocabulary" not in done.stdout
+    of_base, of_tuned = (
+        AutoModelForCausalLM.from_pretrained(folder / "final").get_input_embeddings().weight
+        for folder in (annealed, tuned)
+    )
+    assert of_base.shape == of_tuned.shape and not torch.equal(of_base, of_tuned)
