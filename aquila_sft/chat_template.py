@@ -144,6 +144,12 @@ def stop_ids(tokenizer) -> list[int]:
     return [end] if eos is None or eos == end else [end, eos]
 
 
+def special_ids(tokenizer) -> list[int]:
+    """The ids of all special tokens: those that decoding leaves out, and the two marks however they are declared."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return [i for i, token in added.items() if token.special or token.content in (IM_START, IM_END)]
+
+
 def add_chat_tokens(tokenizer) -> int:
     """Add <|im_start|> and <|im_end|> where missing, as special tokens; returns how many were added.
 

@@ -399,6 +399,28 @@ class Lora:
         self.targets = targets
 
 
+# What the audit of labels can find (aquila_sft/audit/).
+AUDIT_CODES = (
+    *("no-target", "all-target", "turn-end", "answer-not-supervised", "not-the-answer", "doubled-begin", "special-ids"),
+    *("special-text", "broken-turns", "unknown-ids", "packing", "batch", "not-in-rows", "not-of-files", "pad-is-end"),
+    *("template-of-base", "template-served", "untrained-ids", "answers-lost"),
+)
+
+
+@dataclass(kw_only=True)
+class Audit:
+    """The audit of labels before the first step."""
+
+    lost_share: float = MISSING  # of all answer tokens, cut or left out because of the length of a row: more stops
+    allow: list[str] = field(default_factory=list)  # findings that are told and do not stop, by their code
+
+    def check(self) -> None:
+        within("audit", self, 0.0, 1.0, "lost_share")
+        for code in self.allow:
+            if code not in AUDIT_CODES:
+                raise UserError(f"audit.allow: {code} is not one of {', '.join(AUDIT_CODES)}")
+
+
 @dataclass(kw_only=True)
 class Generate:
     max_new_tokens: int = MISSING
@@ -511,6 +533,7 @@ class SftRun(Run):
     optim: Optim = MISSING
     schedule: Schedule = MISSING
     train: Train = MISSING
+    audit: Audit = MISSING
     lora: Lora | None = None
     report_to: list[str] = field(default_factory=list)
 

@@ -36,6 +36,8 @@ NOT_IDENTITY = {
     "overwrite",
     "evaluate",  # and what is in it
     "report_to",
+    "audit.lost_share",
+    "audit.allow",
     "recipe",
     "scale_is_explicit",
     "debug",

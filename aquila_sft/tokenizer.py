@@ -80,7 +80,7 @@ def convert_tiktoken(ranks_file: Path, folder: Path, *, must_be_published: bool 
             raise UserError(f"{notice} (151643 ranks, sha256 {PUBLISHED_SHA256[:12]}…); download it again.")
         log.warning("%s.", notice)
 
-    letter = _byte_letters()
+    letter = byte_letters()
     spelt = ["".join(letter[byte] for byte in token) for token in tokens]
     vocab = {text: rank for rank, text in enumerate(spelt)}
     backend = byte_level_backend(vocab, [(spelt[a], spelt[b]) for a, b in pairs], SPECIALS)
@@ -278,7 +278,7 @@ def _merged_below(token: bytes, limit: int, rank_of: dict[bytes, int]) -> list[b
     return parts
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """How byte-level BPE spells each byte: printable Latin-1 as itself, the rest from U+0100 on."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))

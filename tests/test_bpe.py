@@ -42,9 +42,9 @@ def learn(texts: list[str], **settings):
 
 
 def spelt(entry: str) -> bytes:
-    from aquila_sft.tokenizer import _byte_letters
+    from aquila_sft.tokenizer import byte_letters
 
-    byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     return bytes(byte_of[letter] for letter in entry)
 
 

@@ -118,7 +118,7 @@ def tiny_ranks(tokenizer) -> list[bytes]:
     """The entries of tiny_tokenizer in rank order, spelt as bytes: what a tiktoken rank file lists."""
     from aquila_sft import tokenizer as tokenizers
 
-    byte_of = {letter: byte for byte, letter in enumerate(tokenizers._byte_letters())}
+    byte_of = {letter: byte for byte, letter in enumerate(tokenizers.byte_letters())}
     spelt = sorted((i, text) for text, i in tokenizer.get_vocab().items() if not text.startswith("<|"))
     return [bytes(byte_of[letter] for letter in text) for _, text in spelt]
 

@@ -17,10 +17,13 @@ class Ledger:
         self.left_out: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.examples: dict[str, list[str]] = collections.defaultdict(list)
 
-    def refuse(self, reason: str, language: str, source: str, where: str) -> None:
+    def refuse(self, reason: str, language: str, source: str, where: str, answer_tokens: int = 0) -> None:
+        """`answer_tokens`: of a conversation that was tokenized before it was left out."""
         self.left_out[reason][language] += 1
-        self.languages[language]["left_out"] += 1
-        self.sources[source]["left_out"] += 1
+        for counter in (self.languages[language], self.sources[source]):
+            counter["left_out"] += 1
+            if answer_tokens:
+                counter["answer_tokens_left_out"] += answer_tokens
         if len(self.examples[reason]) < 3:
             self.examples[reason].append(where)
 
@@ -44,6 +47,7 @@ class Ledger:
             return {name: dict(sorted(counts.items())) for name, counts in sorted(table.items())}
 
         keys = ("kept", "held_back", "left_out", "shortened", "tokens", "answer_tokens", "answer_tokens_cut")
+        keys += ("answer_tokens_left_out",)
         reasons = {
             reason: {
                 "records": sum(counts.values()),

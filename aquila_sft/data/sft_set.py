@@ -130,7 +130,8 @@ def tokenized(
         for (conversation, where), (ids, is_target) in zip(batch, encode([c.messages for c, _ in batch]), strict=True):
             fitting = fitted(conversation, ids, is_target, encode, policy.max_length)
             if fitting is None:
-                ledger.refuse("last exchange longer than a row", conversation.language, conversation.source, where)
+                reason, answer_tokens = "last exchange longer than a row", sum(is_target)
+                ledger.refuse(reason, conversation.language, conversation.source, where, answer_tokens)
                 continue
             kept, kept_ids, kept_target = fitting
             if kept is not conversation:

@@ -1,6 +1,7 @@
 """recipe=sft and recipe=sft_lora: a base model and conversations in, a model that answers out.
 
-inputs -> run directory -> tokenizer -> packed rows -> model (+ adapter) -> training -> evaluation -> final/
+inputs -> run directory -> tokenizer -> packed rows -> label audit -> model (+ adapter) -> training -> evaluation
+-> final/
 """
 
 import contextlib
@@ -55,15 +56,16 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
             newest = checkpoint.newest(out.checkpoints)
             tokenizer = load_tokenizer(cfg, inputs, out)
             if main:
-                prepare_rows(cfg, inputs, out, tokenizer, contents["data"])
+                ledger = prepare_rows(cfg, inputs, out, tokenizer, contents["data"])
+                audit_labels(cfg, inputs, out, tokenizer, ledger)
         for line in choices.reasons:
             runtime.say(f"  {line}")
         train(cfg, inputs, out, choices, tokenizer, newest, stop)
         closing(cfg, out, "done")
 
 
-def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, data_sha256: str) -> None:
-    """Packed rows under data/ and ledger.json, by the main process, for all."""
+def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, data_sha256: str) -> dict:
+    """Packed rows under data/ and ledger.json, by the main process, for all; the ledger."""
     from functools import partial
 
     from tqdm import tqdm
@@ -96,6 +98,15 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, da
     if ledger["left_out"] or ledger["shortened"]:
         told += f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
     runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
+    return ledger
+
+
+def audit_labels(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, ledger: dict) -> None:
+    """Raises UserError when the model would be trained on something else than the answers of these conversations."""
+    from aquila_sft.audit import report
+
+    about = report.Audited(cfg, tokenizer, inputs.base, inputs.data, out.path / "data", ledger)
+    report.stop(report.audit(about, say=lambda name, text: runtime.say(f"  {name:<14}{text}")))
 
 
 def train(
