@@ -114,9 +114,16 @@ def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
             )
         runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
     chat_template.turn_end_id(tokenizer)  # raises when they are missing
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if give_padding(tokenizer):
         runtime.say(
             f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id"
         )
     return tokenizer
+
+
+def give_padding(tokenizer) -> bool:
+    """Whether the tokenizer has no padding token of its own: an existing one then serves."""
+    lacks = tokenizer.pad_token is None
+    if lacks:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return lacks

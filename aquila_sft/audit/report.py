@@ -21,7 +21,7 @@ from aquila_sft.doctor.findings import ERROR, WARNING, Finding, error, warning
 from aquila_sft.errors import UserError
 
 SHOWN = 8  # sources of which a conversation is printed
-WIDTH = 72  # of a turn's content that is printed, from its begin and its end
+WIDTH = 48  # of a turn's content that is printed, from its begin and its end
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 Say = Callable[[str, str], None]
@@ -29,7 +29,7 @@ Say = Callable[[str, str], None]
 
 @dataclasses.dataclass
 class Audited:
-    """What is looked at. `base`: its folder, None for fresh weights."""
+    """What is looked at. `base`: its folder, None for fresh weights, and where it is not here yet."""
 
     cfg: SftRun
     tokenizer: object
@@ -37,6 +37,7 @@ class Audited:
     files: list[Path]
     prepared: Path  # the folder with train/ and held-back/
     ledger: dict
+    first: int | None = None  # only the first conversations were prepared, so many
 
 
 def audit(of: Audited, say: Say) -> list[Finding]:
@@ -147,9 +148,11 @@ def against_files(of: Audited, parts: dict, looked: dict) -> sample.Compared:
                     return (name, int(order[name][at])), hashed
         return None, hashed
 
-    again = sample.read_again(of.files, of.tokenizer, of.cfg.tokenizer.system, of.cfg.train.max_length)
+    complete = of.ledger["read"] <= sample.CONVERSATIONS
+    first = min(of.first or sample.CONVERSATIONS, sample.CONVERSATIONS) if complete or of.first else None
+    again = sample.read_again(of.files, first, of.tokenizer, of.cfg.tokenizer.system, of.cfg.train.max_length)
     compared = sample.compare(again, parts, find, of.tokenizer)
-    compared.complete = of.ledger["read"] <= sample.CONVERSATIONS and len(of.files) == 1
+    compared.complete = complete
     return compared
 
 
@@ -169,7 +172,7 @@ def compared_findings(of: Audited, compared: sample.Compared, parts: dict, looke
             "not-in-rows",
             f"{absent:,} of {compared.read:,} conversations that were read again are in no row, and {left_out:,} of "
             f"{of.ledger['read']:,} records were left out: the rows are not those of these files, or of another "
-            f"template; the first: {compared.absent[0]}; remove {of.prepared}",
+            f"template; the first: {compared.absent[0]}; give overwrite=true to make them again",
         )
     if compared.complete:
         strange = {
@@ -181,7 +184,7 @@ def compared_findings(of: Audited, compared: sample.Compared, parts: dict, looke
             yield error(
                 "not-of-files",
                 f"{count:,} prepared conversations are in no file; the first: "
-                f"{shown(parts[name], int(strange[name][0]), of.tokenizer)}; remove {of.prepared}",
+                f"{shown(parts[name], int(strange[name][0]), of.tokenizer)}; give overwrite=true to make them again",
             )
 
 
@@ -206,7 +209,7 @@ def lost(of: Audited) -> Iterator[Finding]:
 def look_at_base(of: Audited, say: Say) -> Iterator[Finding]:
     tokenizer = of.tokenizer
     if of.base is None:
-        say("template ids", "fresh weights: nothing is trained yet")
+        say("template ids", "no base to look at" if of.cfg.model.path != "random" else "fresh weights, not looked at")
         return
     matrix = embedding.embedding_of(of.base)
     if matrix is None:
@@ -249,7 +252,10 @@ def show_sources(compared: sample.Compared, parts: dict, ledger: dict, tokenizer
     say("supervised", f"{named}; one conversation of each source")
     for source, (part, item) in list(sources.items())[:SHOWN]:
         runtime.say(f"    {source}")
-        for line in lines(parts[part], item, tokenizer, colour):
+        turns = lines(parts[part], item, tokenizer, colour)
+        if len(turns) > 6:
+            turns = [*turns[:4], f"… {len(turns) - 5} turns …", turns[-1]]
+        for line in turns:
             runtime.say(f"      {line}")
     if more := len(ledger["by_source"]) - min(SHOWN, len(sources)):
         say("", f"and {more:,} more source(s)")

@@ -18,7 +18,7 @@ from aquila_sft.data.ledger import Ledger
 from aquila_sft.data.rows import IGNORE, PackedRows
 
 ROWS = 64  # that are made into batches
-CONVERSATIONS = 2000  # that are read again, and that are decoded for special strings
+CONVERSATIONS = 1000  # that are read again, and that are decoded for special strings
 
 # ---- rows as the trainer gets them ----
 
@@ -71,17 +71,20 @@ class Compared:
     of_source: dict[str, tuple[str, int]] = field(default_factory=dict)  # source -> (part, conversation) to show
 
 
-def read_again(files: list[Path], tokenizer, system: str | None, max_length: int) -> Iterator[tuple]:
-    """(conversation as it fits a row, where, ids) of the first records of each file."""
-    chosen = files[:: max(1, len(files) // CONVERSATIONS)]
-    each = max(1, CONVERSATIONS // len(chosen))
+def read_again(files: list[Path], first: int | None, tokenizer, system: str | None, max_length: int) -> Iterator[tuple]:
+    """(conversation as it fits a row, where, ids) of the first in the files together, or in each of them (None)."""
+    if first is None:
+        chosen = files[:: max(1, len(files) // CONVERSATIONS)]
+        groups, each = [[file] for file in chosen], max(1, CONVERSATIONS // len(chosen))
+    else:
+        groups, each = [files], first
     policy = sft_set.RowPolicy(max_length, holdout_fraction=0, holdout_max=0, pack_window=1, seed=0)
 
     def encode(conversations: list) -> list:
         return encode_batch(tokenizer, conversations, default_system=system)
 
-    for file in chosen:
-        found = itertools.islice(sft_set.readable([file], Ledger()), each)
+    for group in groups:
+        found = itertools.islice(sft_set.readable(group, Ledger()), each)
         for conversation, where, ids, _ in sft_set.tokenized(found, encode, Ledger(), policy):
             yield conversation, where, ids
 

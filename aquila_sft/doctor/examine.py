@@ -17,8 +17,9 @@ import numpy as np
 
 from aquila_sft import checkpoint, hub, prerequisites, run_dir, snapshot
 from aquila_sft.config import PretrainRun, Run, SftRun, TextData
-from aquila_sft.data import documents, packing, sft_set, sources
-from aquila_sft.data.ledger import Ledger, NothingLeft
+from aquila_sft.data import documents, sft_set, sources
+from aquila_sft.data.ledger import Ledger
+from aquila_sft.data.rows import PackedRows
 from aquila_sft.errors import UserError
 from aquila_sft.inputs import named_vocabulary
 from aquila_sft.log import MetricsFile
@@ -164,8 +165,8 @@ class Conversations:
         return self.sampled == self.records
 
 
-def conversations(run: SftRun, tokenizer, sample: int) -> Conversations:
-    """Read, tokenized, held back and packed as the run would, in memory. Raises UserError when nothing is left."""
+def conversations(run: SftRun, tokenizer, sample: int, folder: Path) -> Conversations:
+    """The first `sample`, prepared as the run would into a folder of their own. UserError when nothing is left."""
     from aquila_sft.chat_template import encode_batch
 
     files = conversation_files(run)
@@ -173,24 +174,16 @@ def conversations(run: SftRun, tokenizer, sample: int) -> Conversations:
         run.train.max_length, run.data.holdout_fraction, run.data.holdout_max, run.data.pack_window, run.seed
     )
     encode = partial(encode_batch, tokenizer, default_system=run.tokenizer.system)
-    ledger, held_back, lengths = Ledger(), Counter(), []
-    found = itertools.islice(sft_set.readable(files, ledger), sample)
-    for conversation, _, ids, is_target in sft_set.tokenized(found, encode, ledger, policy):
-        is_held_back = sft_set.is_held_back(conversation, policy, held_back)
-        ledger.keep(conversation, len(ids), sum(is_target), is_held_back)
-        lengths += [] if is_held_back else [len(ids)]
-    report = ledger.as_dict()
-    if not lengths:
-        raise NothingLeft(report, files)
-    rows = packing.pack(np.array(lengths), policy.max_length, window=policy.pack_window, seed=policy.seed)
-    records = ledger.read if ledger.read < sample else sum(count_records(file) for file in files)
-    whole = max(1.0, records / ledger.read)
+    report = sft_set.prepare(files, folder, encode, policy, {}, progress=lambda found: itertools.islice(found, sample))
+    rows = PackedRows(folder / "train")
+    records = report["read"] if report["read"] < sample else sum(count_records(file) for file in files)
+    whole = max(1.0, records / report["read"])
     return Conversations(
         records=records,
-        sampled=ledger.read,
+        sampled=report["read"],
         report=report,
         rows=round(len(rows) * whole),
-        filled=sum(lengths) / (len(rows) * policy.max_length),
+        filled=report["rows"]["train"]["filled"],
         tokens=round(report["tokens"] * whole),
         answer_tokens=round(report["answer_tokens"] * whole),
     )

@@ -1,10 +1,12 @@
-"""recipe=sft and recipe=sft_lora on paper: conversations, their rows and template, and what all training has.
+"""recipe=sft and recipe=sft_lora on paper: conversations, their rows and labels, and what all training has.
 
-What is looked at are counts: what is read, kept, supervised. Whether the right tokens are supervised is another matter.
+The first conversations are prepared as the run would, in a temporary folder, and their labels audited as the run does.
 """
 
+import tempfile
 from pathlib import Path
 
+from aquila_sft.audit import report
 from aquila_sft.config import SftRun
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.doctor import examine, findings
@@ -22,11 +24,16 @@ def look_at_sft(view: View) -> None:
     if tokenizer:
         system = f"system line {run.tokenizer.system!r}" if run.tokenizer.system else "no system line"
         view.say("template", f"ChatML, {system}; answers and their <|im_end|> are supervised")
-        found = view.attempt(examine.conversations, run, tokenizer, view.cfg.sample)
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = Path(folder) / "data"
+            found = view.attempt(examine.conversations, run, tokenizer, view.cfg.sample, prepared)
+            if found:
+                look_at_conversations(view, found)
+                files, first = examine.conversation_files(run), None if found.is_exact else view.cfg.sample
+                audited = report.Audited(run, tokenizer, base, files, prepared, found.report, first)
+                view.add(report.audit(audited, view.say))
     else:
         view.attempt(examine.conversation_files, run)
-    if found:
-        look_at_conversations(view, found)
     shape = shape_of(view, base, len(tokenizer) if tokenizer else None)
     if run.lora:
         view.add(findings.of_adapter(run.lora, shape))
@@ -46,7 +53,7 @@ def look_at_sft(view: View) -> None:
 
 def chat_tokenizer(run: SftRun, base: Path | None):
     """The run's tokenizer, checked as the run checks it."""
-    from aquila_sft import chat_template
+    from aquila_sft import chat_template, inputs
 
     if run.tokenizer.path or run.tokenizer.ranks:
         tokenizer = examine.tokenizer_asked_for(run)
@@ -63,6 +70,7 @@ def chat_tokenizer(run: SftRun, base: Path | None):
             "use recipe=sft, or a base that knows <|im_start|> and <|im_end|>"
         )
     chat_template.turn_end_id(tokenizer)
+    inputs.give_padding(tokenizer)
     return tokenizer
 
 
