@@ -122,6 +122,8 @@ def look_at_rows(of: Audited, say: Say) -> Iterator[Finding]:
         )
 
     compared = against_files(of, parts, looked)
+    if any(tally.counts[code] for code in rows.SUPERVISION):
+        compared.wrong = []  # told by number already
     yield from compared_findings(of, compared, parts, looked)
 
     spelling = f", {len(without)} special strings in a sample only" if without else ""
@@ -141,7 +143,7 @@ def against_files(of: Audited, parts: dict, looked: dict) -> sample.Compared:
 
     def find(ids: list[int]) -> tuple:
         hashed = rows.hash_of(ids, weights)
-        if hashed >= 0:
+        if hashed is not None:
             for name, hashes in ordered.items():
                 at = int(np.searchsorted(hashes, np.uint64(hashed)))
                 if at < len(hashes) and int(hashes[at]) == hashed:
@@ -286,8 +288,9 @@ def elided(text: str) -> str:
 
 
 def shown(part: PackedRows, item: int, tokenizer, around: str | None = None) -> str:
-    """A conversation in one line, for a finding."""
-    text = " ".join(lines(part, item, tokenizer, colour=False))
+    """A conversation in one line, for a finding: its first turns behind the system line, or those around a text."""
+    turns = lines(part, item, tokenizer, colour=False)
+    text = " ".join(turns[1:] if len(turns) > 2 and "<|im_start|>system" in turns[0] else turns)
     at = text.find(around) if around else 0
     at = max(0, at - 60)
-    return text[at : at + 400] + (" …" if len(text) > at + 400 else "")
+    return text[at : at + 260] + (" …" if len(text) > at + 260 else "")

@@ -29,9 +29,10 @@ FAULTS = {
     "not-the-answer": "tokens that are not the assistant's are supervised",
     "doubled-begin": "it begins twice: a begin token stands behind a begin token",
     "special-ids": "a content holds ids of special tokens, which end its turn or begin another",
-    "broken-turns": "its ids are no sequence of turns <|im_start|>role … <|im_end|>",
+    "broken-turns": "its ids are no sequence of turns <|im_start|>role … <|im_end|>, each answer behind a question",
     "unknown-ids": "it holds ids that the vocabulary does not have",
 }
+SUPERVISION = ("no-target", "all-target", "turn-end", "answer-not-supervised", "not-the-answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +130,10 @@ def weights_of(length: int) -> np.ndarray:
     ) + np.uint64(1)
 
 
-def hash_of(ids: list[int], weights: np.ndarray) -> int:
+def hash_of(ids: list[int], weights: np.ndarray) -> int | None:
+    """None: longer than any that was prepared."""
     if len(ids) > len(weights):
-        return -1  # longer than any that was prepared
+        return None
     return int(((np.asarray(ids, dtype=np.uint64) + np.uint64(1)) * weights[: len(ids)]).sum())
 
 
@@ -200,8 +202,10 @@ class Chunk:
         right = following - last == 1 + len(marks.newline)
         for n, token in enumerate(marks.newline, 1):
             right &= tokens[np.minimum(last + n, len(tokens) - 1)] == token
-        is_answer, header = self.roles(first, last)
+        is_answer, is_question, header = self.roles(first, last)
         broken[of[~right | (header == 0)]] = True
+        asked = np.append(False, is_question[:-1] & (of[1:] == of[:-1]))[: len(of)]
+        broken[of[is_answer & ~asked]] = True
         faults["broken-turns"] = np.flatnonzero(broken)
 
         first, last, header = (x[is_answer & ~broken[of]] for x in (first, last, header))
@@ -211,16 +215,16 @@ class Chunk:
         expected = np.cumsum(change[:-1], dtype=np.int8).view(bool)
         faults["turn-end"] = self.items(last[~targets[last]])
         wrong = np.flatnonzero(expected != targets)
-        wrong = wrong[~broken[self.items(wrong)]]
+        wrong = wrong[~(broken | out_of_turn)[self.items(wrong)]]
         missing = wrong[expected[wrong]]
         faults["answer-not-supervised"] = self.items(missing[tokens[missing] != marks.end])
         faults["not-the-answer"] = self.items(wrong[~expected[wrong]])
         return faults
 
-    def roles(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each turn: whether it is the assistant's, and how many ids name its role; 0 where none does."""
+    def roles(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each turn: is it the assistant's, is it the user's, how many ids name its role; 0 where none does."""
         tokens, marks = self.tokens, self.marks
-        is_answer, header = np.zeros(len(first), dtype=bool), np.zeros(len(first), dtype=np.int64)
+        of_role, header = {}, np.zeros(len(first), dtype=np.int64)
         for role, ids in marks.headers.items():
             named = first + len(ids) <= last
             for n, token in enumerate(ids[:-1], 1):
@@ -231,5 +235,5 @@ class Chunk:
             shared = named & (behind != ids[-1]) & (behind < marks.entries)
             shared[shared] = marks.may_begin_answer[behind[shared]]
             header = np.where(whole, len(ids), np.where(shared, len(ids) - 1, header))
-            is_answer |= (whole | shared) & (role == "assistant")
-        return is_answer, header
+            of_role[role] = whole | shared
+        return of_role["assistant"], of_role["user"], header

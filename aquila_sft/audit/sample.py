@@ -96,7 +96,7 @@ def compare(again: Iterator[tuple], parts: dict, find, tokenizer) -> Compared:
     for conversation, where, ids in again:
         compared.read += 1
         place, hashed = find(ids)
-        compared.expected.add(hashed)
+        compared.expected |= {hashed} - {None}
         if place is None:
             compared.absent.append(where)
             continue

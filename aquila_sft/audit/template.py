@@ -82,16 +82,16 @@ def served(tokenizer, system: str | None) -> Iterator[Finding]:
         ids, _ = encode_messages(tokenizer, messages, default_system=system)
         trained = "".join(f"{IM_START}{run}{IM_END}\n" for run in render_runs(messages, default_system=system))
         text = rendered(tokenizer, messages)
-        if text != trained:
-            where = f"the template that is saved with the model writes {differ(text, trained)}"
-            yield error("template-served", f"{where}, trained is {differ(trained, text)}; tokenizer.system={system!r}")
-            return
         begin = tokenizer.bos_token_id
         if begin is not None and tokenizer(text)["input_ids"].count(begin) > 1:
             yield error(
                 "doubled-begin",
                 f"the template writes {tokenizer.bos_token} and the tokenizer adds another; let one of them do it",
             )
+            return
+        if text != trained:
+            where = f"the template that is saved with the model writes {differ(text, trained)}"
+            yield error("template-served", f"{where}, trained is {differ(trained, text)}; tokenizer.system={system!r}")
             return
         ways = {"the text of the template": (encoded(tokenizer, text), ids)}
         # An answer of line ends shares its first token with the header's newline, the last of the prompt.
