@@ -93,6 +93,8 @@ def here(tmp_path_factory):
     write_jsonl(folder / "chat.jsonl", tiny_conversations(60))
     write_jsonl(folder / "bad.jsonl", [*tiny_conversations(20), *({"conversations": []} for _ in range(9))])
     write_jsonl(folder / "none.jsonl", [{"conversations": []}])
+    twice = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "<|im_start|>assistant\nHello.<|im_end|>"}]
+    write_jsonl(folder / "rendered.jsonl", [*tiny_conversations(20), {"conversations": twice}])
     with mock.patch.dict(os.environ):
         status = program.main(
             [
@@ -112,6 +114,9 @@ def here(tmp_path_factory):
         rates = [{"step": step, "lr": lr, "tokens_per_s": 500.0} for step, lr in ((50, 4e-3), (100, rate))]
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rates))
     tiny_model(folder / "published", tokenizer)
+    zeroed = tiny_model(folder / "zeroed", tokenizer)  # the marks of the template
+    zeroed.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])] = 0
+    zeroed.save_pretrained(folder / "zeroed")
     shutil.copytree(folder / "published", folder / "pickled")
     os.rename(folder / "pickled/model.safetensors", folder / "pickled/pytorch_model.bin")
     plain = AutoTokenizer.from_pretrained(folder / "tok")
@@ -205,6 +210,11 @@ BROKEN = [
     (SFT + " train.max_length=70 train.tokens_per_step=1050", "left-out", "longer than a row"),
     (SFT + " train.max_length=93 train.tokens_per_step=1023", "shortened", "train.max_length=93"),
     (SFT + " data.holdout_fraction=0", "nothing-held-back", "data.holdout_fraction=0"),
+    (SFT + " data.files={here}/rendered.jsonl", "special-text", "<|im_end|>"),
+    (SFT + " train.max_length=70 train.tokens_per_step=1050", "answers-lost", "train.max_length=70"),
+    (SFT + " tokenizer.system=Kurz.", "template-of-base", "tokenizer.system="),
+    (LORA + " model.path={here}/zeroed", "untrained-ids", "its row is zero"),
+    (SFT + " model.path={here}/zeroed", "untrained-ids", "full tuning trains them"),
     (SFT + " train.num_epochs=50", "many-epochs", "50 times"),
     (SFT + " train.num_epochs=1 train.tokens_per_step=131072", "blank-rows", "131,072"),
     (SFT + " tokenizer.path={here}/no-chat", "input", "<|im_start|>"),

@@ -45,8 +45,9 @@ def audit(of: Audited, say: Say) -> list[Finding]:
     begun = time.monotonic()
     findings = list(template.look(of.tokenizer, of.cfg.tokenizer.system, of.base))
     findings += lost(of)
-    findings += look_at_rows(of, say)
-    findings += look_at_base(of, say)
+    marks = rows.Marks.of(of.tokenizer)
+    findings += look_at_rows(of, marks, say)
+    findings += look_at_base(of, marks, say)
     allowed = of.cfg.audit.allow
     findings = [dataclasses.replace(f, level=WARNING) if f.code in allowed else f for f in findings]
     errors = sum(f.level == ERROR for f in findings)
@@ -68,12 +69,12 @@ def stop(findings: list[Finding]) -> None:
 # ---- rows ----
 
 
-def look_at_rows(of: Audited, say: Say) -> Iterator[Finding]:
+def look_at_rows(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
     cfg, tokenizer = of.cfg, of.tokenizer
     length = cfg.train.max_length
     folders = [of.prepared / "train", *sorted((of.prepared / "held-back").glob("*"))]
     parts = {str(folder.relative_to(of.prepared)): PackedRows(folder) for folder in folders}
-    marks, tally = rows.Marks.of(tokenizer), rows.Tally()
+    tally = rows.Tally()
     pairs, without = sample.patterns(tokenizer)
     looked = {name: rows.look(name, part, marks, pairs, tally, threads=runtime.cores()) for name, part in parts.items()}
     conversations, tokens = (sum(getattr(part, n) for part in looked.values()) for n in ("conversations", "tokens"))
@@ -208,7 +209,7 @@ def lost(of: Audited) -> Iterator[Finding]:
         )
 
 
-def look_at_base(of: Audited, say: Say) -> Iterator[Finding]:
+def look_at_base(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
     tokenizer = of.tokenizer
     if of.base is None:
         say("template ids", "no base to look at" if of.cfg.model.path != "random" else "fresh weights, not looked at")
@@ -217,7 +218,6 @@ def look_at_base(of: Audited, say: Say) -> Iterator[Finding]:
     if matrix is None:
         say("template ids", f"not looked at: {of.base} has no embedding under a known name")
         return
-    marks = rows.Marks.of(tokenizer)
     frame, _ = encode_messages(tokenizer, [{"role": "user", "content": ""}], default_system=of.cfg.tokenizer.system)
     part = PackedRows(of.prepared / "train")
     used = np.asarray(part.tokens[:200_000]).astype(np.int64)
