@@ -65,7 +65,7 @@ SMALL_MODEL = (
     "model.head_dim=16 model.num_hidden_layers=2 model.vocab_size=null"
 )
 SMALL_RUN = "train.max_steps=2 train.max_length=64 train.tokens_per_step=128"
-SMALL = {"pretrain": f"{SMALL_MODEL} {SMALL_RUN}", "anneal": SMALL_RUN, "sft": SMALL_RUN}
+SMALL = {"pretrain": f"{SMALL_MODEL} {SMALL_RUN}", "anneal": SMALL_RUN, "sft": SMALL_RUN.replace("64", "128")}
 
 
 @pytest.mark.slow

@@ -101,27 +101,8 @@ def look_at_rows(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
             yield error("batch", f"{len(wrong)} of {min(sample.ROWS, len(part))} rows of {name}: row {row}: {what}")
             break
 
-    suspects = {name: part.suspects for name, part in looked.items()}
-    decoded, smuggled, first = 0, 0, None
-    for name, part in parts.items():
-        generator = np.random.Generator(np.random.PCG64(cfg.seed))
-        found = generator.permutation(suspects[name])[: sample.CONVERSATIONS]
-        # strings that no pair of ids gives away are looked for in a sample
-        more = generator.permutation(looked[name].conversations)[: 200 if without else 0]
-        chosen = np.union1d(found, more)
-        decoded += len(chosen)
-        hits = list(sample.smuggling(part, chosen, tokenizer))
-        smuggled += len(hits)
-        first = first or (hits and (name, *hits[0])) or None
-    if first:
-        name, item, text = first
-        yield error(
-            "special-text",
-            f"{smuggled:,} conversation(s) hold the text of a special token, the first {text}: it is learnt as plain "
-            "text, but other tools make the special token of it wherever it stands; remove it (data rendered twice?), "
-            f"or audit.allow=[special-text] if it is meant: {shown(parts[name], item, tokenizer, around=text)}",
-        )
-
+    decoded, smuggling = special_text(of, parts, looked, without)
+    yield from smuggling
     compared = against_files(of, parts, looked)
     if any(tally.counts[code] for code in rows.SUPERVISION):
         compared.wrong = []  # told by number already
@@ -132,8 +113,31 @@ def look_at_rows(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
     say("looked at all", f"{num_rows:,} rows, {conversations:,} conversations, {tokens:,} tokens: turns, turn ends,")
     say("", f"what is supervised, special ids and strings{spelling}, packing")
     say("at a sample", f"{batches:,} rows as batches; {compared.read:,} conversations read again, of {len(of.files):,}")
-    say("", f"file(s), against their rows: {absent}; {decoded:,} suspects of special strings decoded")
+    say("", f"file(s), against their rows: {absent}; {decoded} of special strings decoded")
     show_sources(compared, parts, of.ledger, tokenizer, say)
+
+
+def special_text(of: Audited, parts: dict, looked: dict, without: list[str]) -> tuple[str, list[Finding]]:
+    """How many suspects were decoded, of how many, and what was found; strings `without` a pair of ids by a sample."""
+    suspects, decoded, hits = 0, 0, []
+    for name, part in parts.items():
+        generator = np.random.Generator(np.random.PCG64(of.cfg.seed))
+        found = generator.permutation(looked[name].suspects)[: sample.CONVERSATIONS]
+        more = generator.permutation(looked[name].conversations)[: 200 if without else 0]
+        suspects, decoded = suspects + len(looked[name].suspects), decoded + len(found)
+        hits += [(name, *hit) for hit in sample.smuggling(part, np.union1d(found, more), of.tokenizer)]
+    told = f"{decoded:,} suspects" if decoded == suspects else f"{decoded:,} of {suspects:,} suspects"
+    if not hits:
+        return told, []
+    name, item, text = hits[0]
+    return told, [
+        error(
+            "special-text",
+            f"{len(hits):,} conversation(s) hold the text of a special token, the first {text}: it is learnt as plain "
+            "text, but other tools make the special token of it wherever it stands; remove it (data rendered twice?), "
+            f"or audit.allow=[special-text] if it is meant: {shown(parts[name], item, of.tokenizer, around=text)}",
+        )
+    ]
 
 
 def against_files(of: Audited, parts: dict, looked: dict) -> sample.Compared:
