@@ -15,8 +15,12 @@ class UserError(ValueError):
     """Configuration, data or disk at fault. The message is one line: what, where, which value, what to do."""
 
 
-class Stopped(Exception):
-    """A signal ended the run, or it waits for jobs that it submitted; the same command goes on from what is there."""
+class Stopped(BaseException):
+    """A signal ended the run, or it waits for jobs that it submitted; the same command goes on from what is there.
+
+    Raised wherever a signal comes, in the middle of a library too: like KeyboardInterrupt it is no Exception, which
+    libraries catch and turn into errors of their own.
+    """
 
 
 def disk_fault(error: Exception) -> str | None:

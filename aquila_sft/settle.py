@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquila_sft import runtime
-from aquila_sft.errors import Stopped, UserError
+from aquila_sft.errors import UserError
 from aquila_sft.swap import TritonNorm, base_of, decode, head_weight, targets_of
 
 
@@ -26,7 +26,7 @@ def settle(model: torch.nn.Module, device: str, autocast: AbstractContextManager
     try:
         check(model, device, autocast)
     except Exception as error:  # flash-attn and compilers raise errors of their own
-        if attention == "sdpa" or isinstance(error, Stopped):
+        if attention == "sdpa":
             raise
         base.set_attn_implementation("sdpa")
         check(model, device, autocast)  # raises again what was not the attention's fault
@@ -164,8 +164,6 @@ def compile_layers(
     try:
         compiled = outcome()
     except Exception as error:  # compilers raise errors of their own
-        if isinstance(error, Stopped):
-            raise
         why = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"train.compile: the layers cannot be compiled ({why}); use train.compile=false") from None
     model.train(was_training)

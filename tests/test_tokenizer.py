@@ -454,3 +454,18 @@ def head_of(file: Path, num_bytes: int) -> list[str]:
             if num_bytes <= 0:
                 break
     return texts
+
+
+def test_a_signal_while_a_tokenizer_is_loaded_is_no_fault_of_its_folder(tmp_path, monkeypatch):
+    import transformers
+
+    from aquila_sft import tokenizer as tokenizers
+    from aquila_sft.errors import Stopped
+
+    def interrupted(*_, **__):
+        raise Stopped("SIGTERM")
+
+    tiny_tokenizer(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        tokenizers.load_tokenizer(tmp_path)
