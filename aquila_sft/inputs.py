@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from aquila_sft import hub, run_dir, runtime
-from aquila_sft.config import SftRun, Tokenizer
+from aquila_sft.config import PretrainRun, SftRun, Tokenizer
 from aquila_sft.data import sources, world
 from aquila_sft.errors import UserError
 
@@ -90,6 +90,17 @@ def named_vocabulary(tokenizer: Tokenizer) -> Path:
     if not path.exists() or path.is_dir() != (key == "path"):
         raise UserError(f"tokenizer.{key}={path}: no such {'file' if key == 'ranks' else 'folder'}")
     return path
+
+
+def same_vocabulary(run: PretrainRun, own, of_shards, start: Path) -> None:
+    """Raises UserError where the base at `start` has another vocabulary than the shards; both are tokenizers."""
+    from aquila_sft.tokenizer import tokenizer_sha256
+
+    if tokenizer_sha256(own, with_template=False) != tokenizer_sha256(of_shards, with_template=False):
+        raise UserError(
+            f"model.path={run.model.path} has another vocabulary ({len(own):,} entries) than data.shards="
+            f"{run.data.shards} ({len(of_shards):,}); prepare them with tokenizer.path={start}"
+        )
 
 
 def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):

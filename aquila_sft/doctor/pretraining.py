@@ -11,7 +11,7 @@ from aquila_sft.doctor import examine, findings
 from aquila_sft.doctor.findings import Finding, error, warning
 from aquila_sft.doctor.training import data_of, look_at_training, shape_of
 from aquila_sft.doctor.view import View
-from aquila_sft.errors import UserError
+from aquila_sft.inputs import same_vocabulary
 
 
 def look_at_pretrain(view: View) -> None:
@@ -23,7 +23,7 @@ def look_at_pretrain(view: View) -> None:
     base = view.attempt(examine.base_of, run)
     shape = shape_of(view, base, len(tokenizer) if tokenizer else None)
     if base and tokenizer:
-        view.attempt(compare_vocabularies, run, base, tokenizer)
+        view.attempt(lambda: same_vocabulary(run, examine.tokenizer_of(base), tokenizer, base))
     order = view.attempt(mixture.order_of_run, run, prepared) if prepared else None
     plan = look_at_training(view, shape, int(order.rows.sum()) if order else None, data_of(run, order))
     if plan and order:
@@ -73,14 +73,3 @@ def of_vocabulary(run: PretrainRun, prepared: Prepared, tokenizer) -> Iterable[F
                 f"model.vocab_size={run.model.vocab_size:,} and {len(tokenizer):,} entries in the shards' tokenizer: "
                 "the other rows are never trained; use model.vocab_size=null",
             )
-
-
-def compare_vocabularies(run: PretrainRun, base: Path, tokenizer) -> None:
-    from aquila_sft.tokenizer import tokenizer_sha256
-
-    own = examine.tokenizer_of(base)
-    if tokenizer_sha256(own, with_template=False) != tokenizer_sha256(tokenizer, with_template=False):
-        raise UserError(
-            f"model.path={run.model.path} has another vocabulary ({len(own):,} entries) than data.shards="
-            f"{run.data.shards} ({len(tokenizer):,}); prepare them with tokenizer.path={base}"
-        )

@@ -14,7 +14,7 @@ from aquila_sft.card import model_card
 from aquila_sft.config import Attention, DamagedBlocks, KernelChoice, Precision, PretrainRun
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.errors import UserError
-from aquila_sft.inputs import BASE_FILES
+from aquila_sft.inputs import BASE_FILES, same_vocabulary
 
 if TYPE_CHECKING:
     from aquila_sft.device import Choices
@@ -241,17 +241,13 @@ def is_compiled(cfg: PretrainRun, choices: "Choices") -> bool:
 def make_model(cfg: PretrainRun, start: Path | None, out: run_dir.RunDir, choices: "Choices", tokenizer):
     """Fresh weights, or those of a checkpoint whose vocabulary is the shards'."""
     from aquila_sft import model as models
-    from aquila_sft.tokenizer import load_tokenizer, tokenizer_sha256
+    from aquila_sft.tokenizer import load_tokenizer
 
     if start is None:
         net = models.build(cfg.model, tokenizer, attention=choices.attention, seed=cfg.seed)
     else:
         own = load_tokenizer(start, converted_to=out.path / "tokenizer")
-        if tokenizer_sha256(own, with_template=False) != tokenizer_sha256(tokenizer, with_template=False):
-            raise UserError(
-                f"model.path={cfg.model.path} has another vocabulary ({len(own):,} entries) than the shards "
-                f"{cfg.data.shards} ({len(tokenizer):,}); prepare them with tokenizer.path={start}"
-            )
+        same_vocabulary(cfg, own, tokenizer, start)
         net = models.load(start, attention=choices.attention)
         models.fit_to_tokenizer(net, tokenizer)
     limit = net.config.max_position_embeddings
