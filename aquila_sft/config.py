@@ -39,6 +39,19 @@ class DamagedBlocks(enum.StrEnum):
     leave_out = "leave_out"
 
 
+class Fault(enum.StrEnum):
+    """What is done with a conversation that has a certain fault."""
+
+    keep = "keep"
+    mend = "mend"
+    leave_out = "leave_out"
+
+
+class Detector(enum.StrEnum):
+    script = "script"
+    library = "library"
+
+
 class Executor(enum.StrEnum):
     processes = "processes"
     datatrove = "datatrove"
@@ -176,7 +189,83 @@ class Mixture:
 
 
 @dataclass(kw_only=True)
-class SftData:
+class SlurmJobs:
+    """What a cluster gives one task of an executor=slurm."""
+
+    partition: str = MISSING
+    time: str = MISSING  # as Slurm writes it: 12:00:00
+    cpus_per_task: int = MISSING
+    mem_per_cpu_gb: int = MISSING
+    at_once: int | None = None  # tasks of a step that run at the same time; null: as many as Slurm lets
+    setup: str | None = None  # a shell line before each task, as in `source .venv/bin/activate`
+    sbatch: dict[str, str] = field(default_factory=dict)  # further options, {account: mine, qos: normal}
+
+
+@dataclass(kw_only=True)
+class Workers:
+    """Who prepares text, and how much of it at a time."""
+
+    slice_mb: float = MISSING  # of input: what one process works on at a time, and loses when it is killed
+    workers: int | None = None  # processes; null: one for each core
+    executor: Executor = MISSING
+    tasks: int | None = None  # datatrove, slurm: of each step; null: as many as there are workers
+    slurm: SlurmJobs | None = None
+
+    def check_workers(self, group: str) -> None:
+        if self.slice_mb <= 0:
+            raise UserError(f"{group}.slice_mb={self.slice_mb} must be more than 0")
+        at_least(group, self, 1, *[n for n in ("workers", "tasks") if getattr(self, n) is not None])
+        if self.executor is Executor.slurm and (self.slurm is None or self.tasks is None):
+            raise UserError(
+                f"{group}.executor=slurm needs {group}.tasks= and {group}.slurm={{partition: …, time: …, "
+                "cpus_per_task: …, mem_per_cpu_gb: …}; recipes/cluster/prepare_slurm.sh is an example"
+            )
+
+
+@dataclass(kw_only=True)
+class ConversationPolicy:
+    """What is done with a conversation that has a fault: keep it as it is, mend it, or leave it out."""
+
+    system_tags: Fault = MISSING  # an instruction at the beginning that is tagged as an answer; mend: the system line
+    tools: Fault = MISSING  # turns of tools; mend: calls become answers, results questions, definitions the system line
+    last_turn: Fault = MISSING  # a question at the end that nobody answers; mend: cut it
+    control_characters: Fault = MISSING  # mend: take them out, plain line ends; U+FFFD is nothing to mend
+    html: Fault = MISSING  # entities and tags where nobody speaks of markup; mend: unescape, take out
+    markers: Fault = MISSING  # <noinput> and the like; mend: take the line out of a question
+    placeholders: Fault = MISSING  # {{name}} that nobody filled in
+    identity: Fault = MISSING  # an answer says to be another's model; mend: put in the names below
+    identity_name: str | None = None
+    identity_maker: str | None = None
+    disclaimers: Fault = MISSING  # "As an AI language model, …" in an answer
+    too_long: Fault = MISSING  # more than a row; mend: without the oldest exchanges, as many as it takes
+    detector: Detector = MISSING  # of the language: its script, or where that is Latin a library, too
+    languages: list[str] | None = None  # of zh, en, other, those that stay; null: all
+    duplicates: Fault = MISSING  # of an earlier conversation, word by word
+    near_duplicates: float | None = None  # questions and answers this alike (5-grams) are copies; null: only equal ones
+
+    def check(self) -> None:
+        wrong = {"tools": "keep", "last_turn": "keep", "too_long": "keep"} | dict.fromkeys(
+            ("placeholders", "disclaimers", "duplicates"), "mend"
+        )
+        for name, value in wrong.items():
+            if getattr(self, name).value == value:
+                ways = ", ".join(fault.value for fault in Fault if fault.value != value)
+                raise UserError(f"data.clean.{name}={value} cannot be done; use one of {ways}")
+        if self.identity is Fault.mend and not (self.identity_name and self.identity_maker):
+            raise UserError(
+                "data.clean.identity=mend needs the names to put in: data.clean.identity_name= and "
+                "data.clean.identity_maker="
+            )
+        if self.languages is not None and not set(self.languages) <= {"zh", "en", "other"}:
+            raise UserError(f"data.clean.languages={self.languages}: known are zh, en and other, as in [zh,en]")
+        if self.near_duplicates is not None:
+            within("data.clean", self, 0.6, 1.0, "near_duplicates")
+            if self.duplicates is Fault.keep:
+                raise UserError("data.clean.duplicates=keep: with near_duplicates set, equal ones are left out, too")
+
+
+@dataclass(kw_only=True)
+class SftData(Workers):
     files: Any = None  # local file, list or glob; null: the manifest, or what is bundled
     manifest: str | None = None  # data/manifests/<name>.yaml: a pinned Hub data set
     subset: str | None = None  # of the manifest
@@ -184,11 +273,20 @@ class SftData:
     holdout_fraction: float = MISSING  # conversations held back for evaluation, by hash of their content
     holdout_max: int = MISSING  # at most, per language
     pack_window: int = MISSING  # conversations packed together; larger fills better, mixes less
+    clean: ConversationPolicy = MISSING
+    unreadable: DamagedBlocks = MISSING  # a file that is not what its name says: stop, or leave out what cannot be read
+    decontaminate: str | None = None  # folder of benchmark items; null: nothing is checked
+    ngram_words: int = MISSING  # that a conversation shares with an item of a benchmark
+    ngram_characters: int = MISSING  # the same for Chinese items
+    cache: str | None = None  # folder of prepared sets, shared by runs; null: cache/ beside the run's directory
 
     def check(self) -> None:
         if self.files is not None:
             self.files = file_list(self.files)
         check_bundled(self.bundled)
+        self.clean.check()
+        self.check_workers("data")
+        at_least("data", self, 5, "ngram_words", "ngram_characters")
         within("data", self, 0.0, 0.5, "holdout_fraction")
         at_least("data", self, 0, "holdout_max")
         at_least("data", self, 1, "pack_window")
@@ -229,20 +327,7 @@ class CleanPolicy:
 
 
 @dataclass(kw_only=True)
-class SlurmJobs:
-    """What a cluster gives one task of prepare.executor=slurm."""
-
-    partition: str = MISSING
-    time: str = MISSING  # as Slurm writes it: 12:00:00
-    cpus_per_task: int = MISSING
-    mem_per_cpu_gb: int = MISSING
-    at_once: int | None = None  # tasks of a step that run at the same time; null: as many as Slurm lets
-    setup: str | None = None  # a shell line before each task, as in `source .venv/bin/activate`
-    sbatch: dict[str, str] = field(default_factory=dict)  # further options, {account: mine, qos: normal}
-
-
-@dataclass(kw_only=True)
-class PreparePolicy:
+class PreparePolicy(Workers):
     """How documents become shards."""
 
     clean: CleanPolicy = MISSING
@@ -253,11 +338,6 @@ class PreparePolicy:
     shard_tokens: int = MISSING  # a shard is closed at the first document end after so many
     holdout_fraction: float = MISSING  # documents held back for evaluation, by hash of their content
     holdout_max_bytes: int = MISSING  # of text, at most, for each source and language
-    slice_mb: float = MISSING  # of input: what one process works on at a time, and loses when it is killed
-    workers: int | None = None  # processes; null: one for each core
-    executor: Executor = MISSING
-    tasks: int | None = None  # datatrove, slurm: of each step; null: as many as there are workers
-    slurm: SlurmJobs | None = None
 
     def check(self) -> None:
         self.clean.check()
@@ -267,14 +347,7 @@ class PreparePolicy:
         if self.near_duplicates is not None:
             within("prepare", self, 0.6, 1.0, "near_duplicates")
         at_least("prepare", self, 5, "ngram_words", "ngram_characters")
-        if self.slice_mb <= 0:
-            raise UserError(f"prepare.slice_mb={self.slice_mb} must be more than 0")
-        at_least("prepare", self, 1, *[n for n in ("workers", "tasks") if getattr(self, n) is not None])
-        if self.executor is Executor.slurm and (self.slurm is None or self.tasks is None):
-            raise UserError(
-                "prepare.executor=slurm needs prepare.tasks= and prepare.slurm={partition: …, time: …, "
-                "cpus_per_task: …, mem_per_cpu_gb: …}; recipes/cluster/prepare_slurm.sh is an example"
-            )
+        self.check_workers("prepare")
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 from aquila_sft import chat_template
 from aquila_sft.audit import report
-from aquila_sft.data import sft_set
+from aquila_sft.data import sft_set, sft_steps
 from aquila_sft.data.rows import PackedRows
 
 ROOT = Path(__file__).parents[1]
@@ -60,14 +60,17 @@ class Maker:
     def audited(self, *, encode=None, recipe="sft", length=256, base: Path | None = None, **changes) -> report.Audited:
         """Prepared with `encode`, then to be audited as the first seconds of `recipe` do."""
         file = write_jsonl(self.folder / "chat.jsonl", self.records)
-        policy = sft_set.RowPolicy(length, holdout_fraction=0.1, holdout_max=50, pack_window=1000, seed=1)
-        ledger = sft_set.prepare([file], self.folder / "data", encode or self.encode, policy, {})
         cfg = settings(recipe)
+        sizes = {"holdout_fraction": 0.1, "holdout_max": 50, "pack_window": 1000}
         cfg = dataclasses.replace(
             cfg,
+            seed=1,
+            data=dataclasses.replace(cfg.data, clean=sft_steps.AS_IT_IS, **sizes),
             train=dataclasses.replace(cfg.train, max_length=length),
             audit=dataclasses.replace(cfg.audit, **changes),
         )
+        prepared = self.folder / "data"
+        ledger = sft_set.prepare([file], prepared, encode or self.encode, sft_set.policy_of(cfg), {})
         return report.Audited(cfg, self.tokenizer, base, [file], self.folder / "data", ledger)
 
     def relabelled(self, change: Callable) -> report.Audited:

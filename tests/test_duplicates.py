@@ -6,13 +6,12 @@ import os
 import random
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import SENTENCES
 
-from aquila_sft.data import conversations, duplicates, steps
+from aquila_sft.data import conversations, duplicates
 from aquila_sft.data.units import ngram_hashes, unit_hashes
 
 THRESHOLD = 0.7
@@ -216,9 +215,8 @@ def test_near_copies_planted_in_real_text_are_found_and_nothing_else(tmp_path, n
 
 
 def test_a_slice_finds_its_copies_of_all_ranges_in_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GROUP", 2)
+    monkeypatch.setattr(duplicates, "GROUP", 2)
     random, of = np.random.default_rng(0), {"00": set(), "01": set(), "02": set()}
-    work = SimpleNamespace(folder=tmp_path, slices=range(5))
     for folder in ("match", "copies"):
         (tmp_path / folder).mkdir()
     for band, chosen in of.items():
@@ -226,12 +224,12 @@ def test_a_slice_finds_its_copies_of_all_ranges_in_one_file(tmp_path, monkeypatc
             numbers = {(int(s) << duplicates.ROW_BITS) + int(r) for s, r in random.integers(0, (5, 9), (6, 2))}
             np.save(tmp_path / f"match/{band}-{part}.npy", np.array(sorted(numbers), dtype=np.uint64))
             chosen |= numbers
-    for task in steps.group_tasks(work):
-        steps.make_copies(work, task, tmp_path / "copies" / task)
+    for task in duplicates.group_tasks(5):
+        duplicates.gather(tmp_path / "match", task, tmp_path / "copies" / task)
     opened = []
     monkeypatch.setattr(np, "load", lambda *given, own=np.load, **how: opened.append(given) or own(*given, **how))
     for number in range(5):
-        equal, like = steps.copies(work, number, 9)
+        equal, like = duplicates.copies(tmp_path / "copies", number, 9)
         assert [(number << duplicates.ROW_BITS) + row in of["00"] for row in range(9)] == equal.tolist()
         assert [(number << duplicates.ROW_BITS) + row in of["01"] | of["02"] for row in range(9)] == like.tolist()
     assert len(opened) == 5

@@ -638,7 +638,7 @@ def test_of_two_workers_with_the_same_task_the_later_one_keeps_what_the_faster_o
         own(aside, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    steps.Step("read", None, make).run(SimpleNamespace(folder=tmp_path), "000000")
+    steps.Step("read", None, make).run(SimpleNamespace(folder=tmp_path, is_durable=True), "000000")
     assert (tmp_path / "read/000000/made").read_text() == "the faster one"
     assert [path.name for path in (tmp_path / "read").iterdir()] == ["000000"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 from shard_files import write_part
 
-from aquila_sft.data import conversations, sft_set, text_rows
+from aquila_sft.data import conversations, sft_steps, text_rows
 from aquila_sft.data.rows import IGNORE, PackedRows
 from aquila_sft.data.shards import Part
 from aquila_sft.data.text_rows import TextRows
@@ -23,7 +23,7 @@ def test_rows_of_documents_predict_across_their_edge_but_never_across_a_document
 
 
 def test_rows_of_conversations_keep_them_apart_and_predict_no_first_token(tmp_path):
-    with sft_set.Writer(tmp_path / "train") as writer:
+    with sft_steps.PartWriter(tmp_path / "train") as writer:
         writer.add([1, 2, 3], [True, False, True], 1)  # a first token that is a target would be predicted from before
         writer.add([4, 5], [True, True], 1)
     np.array([2], dtype=np.int64).tofile(tmp_path / "train/row_sizes.bin")

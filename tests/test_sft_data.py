@@ -111,7 +111,8 @@ def test_three_shapes_say_the_same():
         ([], "no turns"),
         ([turn("gpt", "hi")], "begins with an answer"),
         ([turn("human", "a"), turn("gpt", "")], "empty turn"),
-        ([turn("human", "a"), turn("tool", "b")], "unknown role 'tool'"),
+        ([turn("human", "a"), turn("critic", "b")], "unknown role 'critic'"),
+        ([turn("human", "a"), turn("tool", "b"), turn("gpt", "c")], "turns of tools"),
         ([turn("human", "a"), turn("human", "b"), turn("gpt", "c")], "two turns of one role in a row"),
         ([turn("human", "a"), turn("system", "b"), turn("gpt", "c")], "system turn not at the beginning"),
         (["hi"], "a turn is not an object"),
@@ -205,7 +206,7 @@ def test_an_overlong_conversation_loses_whole_leading_exchanges_or_is_left_out(t
     )
     assert len(longer[0]) > 128, "one exchange more would have fitted"
     assert ledger["shortened"] == 1 and ledger["kept"] == 1
-    assert ledger["reasons"]["last exchange longer than a row"]["records"] == 1
+    assert ledger["reasons"]["longer than a row"]["records"] == 1
 
 
 def test_the_ledger_accounts_for_every_record(tmp_path, encode):

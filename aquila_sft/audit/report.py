@@ -16,6 +16,7 @@ from aquila_sft import runtime
 from aquila_sft.audit import embedding, rows, sample, template
 from aquila_sft.chat_template import IM_END, IM_START, encode_messages
 from aquila_sft.config import SftRun
+from aquila_sft.data import sft_set
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.doctor.findings import ERROR, WARNING, Finding, error, warning
 from aquila_sft.errors import UserError
@@ -157,7 +158,7 @@ def against_files(of: Audited, parts: dict, looked: dict) -> sample.Compared:
 
     complete = of.ledger["read"] <= sample.CONVERSATIONS
     first = min(of.first or sample.CONVERSATIONS, sample.CONVERSATIONS) if complete or of.first else None
-    again = sample.read_again(of.files, first, of.tokenizer, of.cfg.tokenizer.system, of.cfg.train.max_length)
+    again = sample.read_again(of.files, first, of.tokenizer, of.cfg.tokenizer.system, sft_set.policy_of(of.cfg))
     compared = sample.compare(again, parts, find, of.tokenizer)
     compared.complete = complete
     return compared

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft.chat_template import encode_batch, special_ids
-from aquila_sft.data import sft_set
+from aquila_sft.data import sft_set, sft_steps
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.data.rows import IGNORE, PackedRows
 
@@ -71,21 +71,22 @@ class Compared:
     of_source: dict[str, tuple[str, int]] = field(default_factory=dict)  # source -> (part, conversation) to show
 
 
-def read_again(files: list[Path], first: int | None, tokenizer, system: str | None, max_length: int) -> Iterator[tuple]:
+def read_again(
+    files: list[Path], first: int | None, tokenizer, system: str | None, policy: sft_set.RowPolicy
+) -> Iterator[tuple]:
     """(conversation as it fits a row, where, ids) of the first in the files together, or in each of them (None)."""
     if first is None:
         chosen = files[:: max(1, len(files) // CONVERSATIONS)]
         groups, each = [[file] for file in chosen], max(1, CONVERSATIONS // len(chosen))
     else:
         groups, each = [files], first
-    policy = sft_set.RowPolicy(max_length, holdout_fraction=0, holdout_max=0, pack_window=1, seed=0)
 
     def encode(conversations: list) -> list:
         return encode_batch(tokenizer, conversations, default_system=system)
 
     for group in groups:
-        found = itertools.islice(sft_set.readable(group, Ledger()), each)
-        for conversation, where, ids, _ in sft_set.tokenized(found, encode, Ledger(), policy):
+        found = itertools.islice(sft_steps.judged(sft_set.whole(group), policy), each)
+        for conversation, where, ids, _ in sft_steps.tokenized(found, encode, policy, Ledger()):
             yield conversation, where, ids
 
 

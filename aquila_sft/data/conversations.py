@@ -1,16 +1,21 @@
-"""A record of any accepted shape becomes a Conversation, or a reason why it cannot be one.
+"""A record of any accepted shape becomes messages, and messages a Conversation, or a reason why they cannot be one.
 
-    {"conversations": [{"from": "human", "value": "…"}, …]}   Infinity-Instruct, ShareGPT
+    {"conversations": [{"from": "human", "value": "…"}, …]}   ShareGPT, Infinity-Instruct
     {"messages": [{"role": "user", "content": "…" | [{"type": "text", "text": "…"}]}, …]}
+    {"instruction": "…", "input": "…", "output": "…", "system"?, "history"?}   Alpaca; Dolly's context and response
+    {"prompt": "…", "response": "…"}   pairs; also question, query, instruction and answer, completion, output
 
-Pure functions: no file, no tokenizer. Every refusal has a short reason that the ledger counts.
+Pure functions: no file, no tokenizer. Every refusal has a short reason that the ledger counts; hygiene.py has the
+rules that may be switched off.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 import unicodedata
 
+CALL, RESULT = "call", "result"  # of a tool; no Conversation has them
 ROLES = {
     "human": "user",
     "user": "user",
@@ -22,7 +27,11 @@ ROLES = {
     "bing": "assistant",
     "model": "assistant",
     "system": "system",
+    **dict.fromkeys(("function_call", "tool_call"), CALL),
+    **dict.fromkeys(("observation", "tool", "function", "tool_response", "function_response", "ipython"), RESULT),
 }
+INPUTS, OUTPUTS = ("input", "context"), ("output", "response", "answer", "completion")
+QUESTIONS = ("prompt", "question", "query", "input")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +39,16 @@ class Conversation:
     """Messages that begin with a user turn (after an optional system line) and end with an assistant turn."""
 
     messages: list[dict]  # {"role": "system" | "user" | "assistant", "content": str}
-    language: str  # zh, en or other, by script
+    language: str  # zh, en or other
     source: str
 
     def sha256(self) -> str:
         """Identity by content: the same words are the same conversation, whatever its id or file."""
-        return hashlib.sha256(
-            json.dumps(self.messages, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        ).hexdigest()
+        return sha256(self.messages)
+
+
+def sha256(messages: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Refused(ValueError):
@@ -45,25 +56,11 @@ class Refused(ValueError):
 
 
 def normalise(record: dict, default_source: str) -> Conversation:
-    """Raises Refused with the reason. Turns after the last answer are cut: nothing in them could be supervised."""
-    messages = [message(turn) for turn in turns_of(record)]
-    messages = [
-        m for i, m in enumerate(messages) if not (i == 0 and m["role"] == "system" and not m["content"].strip())
-    ]
-    last_answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last_answer is None:
-        raise Refused("no assistant turn")
-    messages = messages[: last_answer + 1]
-    roles = [m["role"] for m in messages]
-    if "system" in roles[1:]:
-        raise Refused("system turn not at the beginning")
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken[0] != "user":
-        raise Refused("begins with an answer")
-    if any(a == b for a, b in zip(spoken, spoken[1:], strict=False)):
-        raise Refused("two turns of one role in a row")
-    if any(not m["content"].strip() for m in messages if m["role"] != "system"):
-        raise Refused("empty turn")
+    """By the rules of this module alone. Raises Refused with the reason.
+
+    Turns after the last answer are cut: nothing in them could be supervised.
+    """
+    messages = in_order(until_last_answer(messages_of(record)))
     return Conversation(messages, language("".join(m["content"] for m in messages)), source_of(record, default_source))
 
 
@@ -73,14 +70,45 @@ def source_of(record: dict, default: str) -> str:
     return source if isinstance(source, str) and source else default
 
 
-def turns_of(record: dict) -> list:
+def messages_of(record: dict) -> list[dict]:
+    """The turns of any of the four shapes, roles as in ROLES, empty slots left away. Raises Refused."""
     for key in ("conversations", "messages"):
         turns = record.get(key)
         if isinstance(turns, list) and turns:
-            return turns
+            # FlagAI's files and others have the system line beside the turns, mostly empty
+            return with_system([message(turn) for turn in turns], record.get("system") or record.get("instruction"))
         if turns is not None:
             raise Refused("no turns")
-    raise Refused("neither `conversations` nor `messages`")
+    return pair_of(record)
+
+
+def with_system(messages: list[dict], line: object) -> list[dict]:
+    """In front the system line, unless it is empty, or there is one."""
+    text = text_of(line)
+    if text.strip() and messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    has_empty = messages[0]["role"] == "system" and not messages[0]["content"].strip()
+    return messages[1:] if has_empty else messages
+
+
+def pair_of(record: dict) -> list[dict]:
+    """The one exchange of an Alpaca record or of a pair; `history` holds those before it."""
+    asked = ["instruction"] if "instruction" in record else [key for key in QUESTIONS if key in record][:1]
+    answers = [key for key in OUTPUTS if key in record and key not in asked]
+    if not asked or not answers:
+        raise Refused("none of the shapes of a conversation")
+    question = text_of(record[asked[0]])
+    if asked == ["instruction"]:
+        slots = [question, *(text_of(record[key]) for key in INPUTS if key in record)]
+        question = "\n".join(slot for slot in slots if slot.strip())
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Refused("history that is not pairs of question and answer")
+    exchanges = [*((text_of(q), text_of(a)) for q, a in history), (question, text_of(record[answers[0]]))]
+    messages = [
+        {"role": r, "content": c} for pair in exchanges for r, c in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return with_system(messages, record.get("system"))
 
 
 def message(turn: object) -> dict:
@@ -90,7 +118,13 @@ def message(turn: object) -> dict:
     content = turn.get("value") if "value" in turn else turn.get("content")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Refused(f"unknown role {role!r}"[:60])
-    return {"role": ROLES[role.lower()], "content": text_of(content)}
+    role = ROLES[role.lower()]
+    if turn.get("tool_calls"):
+        role, content = CALL, json.dumps(turn["tool_calls"], ensure_ascii=False)
+    weight = turn.get("loss_weight", turn.get("weight", 1))
+    if role == "assistant" and weight != 1 and weight is not None:
+        raise Refused(f"an answer whose weight in the loss is {weight!r}"[:60])
+    return {"role": role, "content": text_of(content)}
 
 
 def text_of(content: object) -> str:
@@ -111,6 +145,34 @@ def text_of(content: object) -> str:
     return content
 
 
+def until_last_answer(messages: list[dict]) -> list[dict]:
+    """Without the turns behind the last answer. Raises Refused where there is none."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise Refused("no assistant turn")
+    return messages[: last + 1]
+
+
+def in_order(messages: list[dict]) -> list[dict]:
+    """The same. Raises Refused for turns out of order, and for empty ones."""
+    roles = [m["role"] for m in messages]
+    if {CALL, RESULT} & set(roles):
+        raise Refused("turns of tools")
+    if "system" in roles[1:]:
+        raise Refused("system turn not at the beginning")
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken[0] != "user":
+        raise Refused("begins with an answer")
+    if any(a == b for a, b in zip(spoken, spoken[1:], strict=False)):
+        raise Refused("two turns of one role in a row")
+    if any(not m["content"].strip() for m in messages if m["role"] != "system"):
+        raise Refused("empty turn")
+    return messages
+
+
+HAN, LATIN, KANA_HANGUL = re.compile("[一-鿿㐀-䶿]"), re.compile("[A-Za-z]"), re.compile("[぀-ヿ가-힯]")
+
+
 def language(text: str) -> str:
     """zh, en or other, by the script of the letters. `langdetect` fields are not believed: "ko" stands on Chinese rows.
 
@@ -118,10 +180,8 @@ def language(text: str) -> str:
     Chinese text do not make it English.
     """
     sample = text[:2000]
-    han = sum("一" <= c <= "鿿" or "㐀" <= c <= "䶿" for c in sample)
-    latin = sum(c.isascii() and c.isalpha() for c in sample)
-    others = sum(c.isalpha() for c in sample) - han - latin
-    kana_hangul = sum("぀" <= c <= "ヿ" or "가" <= c <= "힯" for c in sample)
+    han, latin, kana_hangul = (len(script.findall(sample)) for script in (HAN, LATIN, KANA_HANGUL))
+    others = sum(map(str.isalpha, sample)) - han - latin
     if 3 * han >= max(latin, 1) and kana_hangul * 4 < han:
         return "zh"
     return "en" if latin > others else "other"

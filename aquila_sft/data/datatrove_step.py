@@ -2,7 +2,7 @@
 
 from datatrove.pipeline.base import PipelineStep
 
-from aquila_sft.data.steps import STEPS, Work
+from aquila_sft.data.tasks import Work
 
 
 class DatatroveStep(PipelineStep):
@@ -19,7 +19,7 @@ class DatatroveStep(PipelineStep):
         from aquila_sft.data import workers
 
         workers.one_thread()
-        step = next(step for step in STEPS if step.name == self.step)
+        step = next(step for step in self.work.steps if step.name == self.step)
         for task in step.tasks(self.work)[rank::world_size]:
             with self.track_time():
                 step.run(self.work, task)

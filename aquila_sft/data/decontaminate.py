@@ -144,13 +144,13 @@ def texts_of(item: Item, characters: int, *, alone: bool) -> list[tuple[np.ndarr
     return looked_for + [one for answer in answers for one in long_enough(f"{item.question}\n{answer}")]
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path, setting: str = "prepare.decontaminate") -> list[Item]:
     """All items of all benchmarks in a folder. A benchmark is a sub-folder, or a file beside them.
 
     Raises UserError for a folder without items, and for a file in which none is recognized.
     """
     if not folder.is_dir():
-        raise UserError(f"prepare.decontaminate={folder}: no such folder; give one with files of benchmark items")
+        raise UserError(f"{setting}={folder}: no such folder; give one with files of benchmark items")
     items: list[Item] = []
     for path in files(folder):
         inside = path.relative_to(folder).parts
@@ -159,11 +159,11 @@ def read(folder: Path) -> list[Item]:
         if not found:
             raise UserError(
                 f"{path}: no item of a benchmark is recognized in it (a record needs one of {', '.join(QUESTIONS)}); "
-                "take it out of prepare.decontaminate"
+                f"take it out of {setting}"
             )
         items += found
     if not items:
-        raise UserError(f"prepare.decontaminate={folder} holds no files of {', '.join(SUFFIXES)}")
+        raise UserError(f"{setting}={folder} holds no files of {', '.join(SUFFIXES)}")
     return items
 
 

@@ -37,15 +37,10 @@ class Document:
 class DocumentLedger(Ledger):
     """What was read, kept, held back and left out of a set of documents, by language, source and reason."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        # of (source, language, reason, "documents" | "text_bytes")
-        self.dropped: collections.Counter = collections.Counter()
+    unit = "documents"
 
     def refuse(self, reason: str, language: str, source: str, where: str, text_bytes: int = 0) -> None:
-        super().refuse(reason, language, source, where)
-        self.dropped[source, language, reason, "documents"] += 1
-        self.dropped[source, language, reason, "text_bytes"] += text_bytes
+        super().refuse(reason, language, source, where, text_bytes=text_bytes)
 
     def add(self, shard: dict, *, held_back: bool) -> None:
         """The documents of a shard, as text_set.plan describes it."""
@@ -55,34 +50,10 @@ class DocumentLedger(Ledger):
             counter["text_bytes"] += shard["text_bytes"]
 
     def as_dict(self) -> dict:
-        dropped: dict = {}
-        for (source, language, reason, unit), number in sorted(self.dropped.items()):
-            dropped.setdefault(source, {}).setdefault(language, {}).setdefault(reason, {})[unit] = number
-        report = super().as_dict() | {"text_bytes": self.total("text_bytes"), "left_out_by_source": dropped}
-        of_conversations = ("shortened", "answer_tokens", "answer_tokens_cut")
+        report = super().as_dict() | {"text_bytes": self.total("text_bytes")}
+        of_conversations = ("shortened", "answer_tokens", "answer_tokens_cut", "answer_tokens_left_out")
+        of_conversations += ("mended", "kept_by_source")
         return {key: value for key, value in report.items() if key not in of_conversations}
-
-    def state(self) -> dict:
-        """All of it as JSON, for merge()."""
-        return {
-            "read": self.read,
-            "languages": self.languages,
-            "sources": self.sources,
-            "left_out": self.left_out,
-            "examples": self.examples,
-            "dropped": [[*key, number] for key, number in self.dropped.items()],
-        }
-
-    def merge(self, state: dict) -> None:
-        """Add what another ledger's state() counted of documents that come after those counted here."""
-        self.read += state["read"]
-        for name in ("languages", "sources", "left_out"):
-            for key, counts in state[name].items():
-                getattr(self, name)[key].update(counts)
-        for reason, places in state["examples"].items():
-            self.examples[reason] = [*self.examples[reason], *places][:3]
-        for *key, number in state["dropped"]:
-            self.dropped[tuple(key)] += number
 
 
 def find(data: TextData, world_folder: Path, *, for_vocabulary: bool = False) -> dict[str, list[Path]]:
@@ -117,10 +88,10 @@ def read(files: dict[str, list[Path]], text_column: str, refuse: Refuse) -> Iter
 
 
 def of_file(
-    source: str, path: Path, text_column: str, refuse: Refuse, begin: int = 0, end: int | None = None
+    source: str, path: Path, text_column: str, refuse: Refuse, begin: int = 0, end: int | None = None, first: int = 1
 ) -> Iterator[tuple[Document, str]]:
     """The documents of a file, or of a part of it, see sources.read."""
-    for where, text, problem in texts_of(path, text_column, begin, end):
+    for where, text, problem in texts_of(path, text_column, begin, end, first):
         if problem is None and not (problem := problem_of(text)):
             yield Document(text, conversations.language(text), source), where
         else:
@@ -139,7 +110,7 @@ def problem_of(text: str) -> str | None:
 
 
 def texts_of(
-    path: Path, text_column: str, begin: int = 0, end: int | None = None
+    path: Path, text_column: str, begin: int = 0, end: int | None = None, first: int = 1
 ) -> Iterator[tuple[str, str | None, str | None]]:
     """(where, text, None), or (where, None or text, why it is no document)."""
     if path.name.endswith(TXT):
@@ -150,7 +121,7 @@ def texts_of(
                 yield where, None, "text that is not UTF-8"
         return
     has_column, columns, objects = begin > 0, collections.Counter(), 0  # the first part of a file tells
-    for where, record in sources.read(path, text_column, begin, end):
+    for where, record in sources.read(path, text_column, begin, end, first):
         if record is None:
             yield where, None, "not a JSON object"
         elif text_column in record:

@@ -31,6 +31,7 @@ SEED = 1  # of the MinHash library's hash functions
 EXACT = 0  # the first row of keys: the hash of the whole text; the bands follow
 RECORDS = 2**22  # keys that are in memory at once, 16 bytes each
 PAIRS = 2**14  # pairs that are compared at once, a kilobyte each
+GROUP = 64  # slices whose copies lie in one file: a slice that looked through all ranges would open thousands
 ROW_BITS = 32  # a document's number is its slice, then its row in it
 
 KEY = np.dtype([("key", "<u8"), ("document", "<u8")])
@@ -72,13 +73,15 @@ class KeyWriter:
         self.signatures = open(folder / "signatures.bin", "wb")
 
     def add(self, texts: list[str], units: list[np.ndarray]) -> None:
-        exact = np.array([[exact_key(text) for text in texts]], dtype=np.uint64)
-        if not self.near:
-            self.keys.append(exact)
-            return
-        of = signatures(texts, units)
-        self.keys.append(np.concatenate([exact, band_keys(of)]))
-        self.signatures.write(of.tobytes())
+        self.add_keys([exact_key(text) for text in texts], signatures(texts, units) if self.near else None)
+
+    def add_keys(self, exact: list[int], of: np.ndarray | None) -> None:
+        """of: signatures, where near copies are looked for."""
+        keys = np.array([exact], dtype=np.uint64)
+        if self.near:
+            keys = np.concatenate([keys, band_keys(of)])
+            self.signatures.write(of.tobytes())
+        self.keys.append(keys)
 
     def finish(self) -> None:
         self.signatures.close()
@@ -175,3 +178,54 @@ def ranges(documents: int) -> list[tuple[int, int]]:
     count = max(1, -(-documents // RECORDS))
     limits = [(2**64 * i) // count for i in range(count + 1)]
     return [(low, high - 1) for low, high in zip(limits, limits[1:], strict=False)]
+
+
+# ---- as tasks: one for each range of a band's keys
+
+
+def tasks(folders: list[Path], *, near: bool) -> list[str]:
+    """'<band>-<first key>-<last key>.npy'; folders: those of KeyWriter, in the order of the input."""
+    documents = sum(np.load(folder / "keys.npy", mmap_mode="r").shape[1] for folder in folders)
+    return [
+        f"{band:02d}-{first:016x}-{last:016x}.npy"
+        for band in range(1 + BANDS * near)
+        for first, last in ranges(documents)
+    ]
+
+
+def make(folders: list[Path], task: str, threshold: float | None, target: Path) -> None:
+    band, first, last = task.removesuffix(".npy").split("-")
+    like = None if int(band) == EXACT else threshold
+    found = search(folders, int(band), int(first, 16), int(last, 16), like)
+    with open(target, "wb") as file:
+        np.save(file, found)
+
+
+def group_tasks(slices: int) -> list[str]:
+    return [f"{first:06d}.npz" for first in range(0, slices, GROUP)]
+
+
+def gather(matched: Path, task: str, target: Path) -> None:
+    """equal, like: numbers of a group's documents with an earlier one such; matched: the folder of all tasks' files."""
+    first = int(task.removesuffix(".npz"))
+    nothing = np.empty(0, dtype=np.uint64)
+    found = {"equal": [nothing], "like": [nothing]}
+    for path in sorted(matched.glob("*.npy")):
+        kind = "equal" if path.name.startswith(f"{EXACT:02d}-") else "like"
+        found[kind].append(numbers_of(np.load(path, mmap_mode="r"), first, first + GROUP))
+    with open(target, "wb") as file:
+        np.savez(file, **{kind: np.unique(np.concatenate(numbers)) for kind, numbers in found.items()})
+
+
+def numbers_of(numbers: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Of documents' numbers, ascending, those in slices first … end - 1."""
+    edges = np.array([first, end], dtype=np.uint64) << np.uint64(ROW_BITS)
+    return numbers[slice(*np.searchsorted(numbers, edges))]
+
+
+def copies(gathered_in: Path, number: int, count: int) -> np.ndarray:
+    """(equal to, like) an earlier document: bool [2, count] of slice `number`; gathered_in: the folder of gather()."""
+    found, marks = np.load(gathered_in / f"{number // GROUP * GROUP:06d}.npz"), np.zeros((2, count), bool)
+    for kind, mark in zip(("equal", "like"), marks, strict=True):
+        mark[numbers_of(found[kind], number, number + 1) & np.uint64(2**ROW_BITS - 1)] = True
+    return marks

@@ -7,22 +7,26 @@ window over a shuffled order, so that rows mix lengths and sources and the work 
 """
 
 import bisect
+from collections.abc import Iterator
 
 import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int, *, window: int, seed: int) -> list[list[int]]:
-    """Indices of `lengths` by row; each index in exactly one row, no row longer than `capacity`.
+    """Indices of `lengths` by row; each index in exactly one row, no row longer than `capacity`."""
+    return [row for rows in windows(lengths, capacity, window=window, seed=seed) for row in rows]
+
+
+def windows(lengths: np.ndarray, capacity: int, *, window: int, seed: int) -> Iterator[list[list[int]]]:
+    """The rows of one window after the other.
 
     A pure function of its arguments. Raises ValueError when one is longer than a row: the length policy comes before.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a row of {capacity}")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(lengths))
-    rows: list[list[int]] = []
     for start in range(0, len(order), window):
-        rows += best_fit(order[start : start + window], lengths, capacity)
-    return rows
+        yield best_fit(order[start : start + window], lengths, capacity)
 
 
 def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -1,42 +1,67 @@
-"""Conversations become packed rows on disk.
+"""Conversations become packed rows on disk, once for all runs that want the same.
 
-    files -> records -> Conversation -> (ids, is_target) -> length policy -> train/ and held-back/<language>/
+    files -> slices -> sft_steps, by as many processes as there are cores -> <folder>: train/, held-back/<language>/,
+    ledger.json, quarantine.jsonl.zst, prepared.json (the key), MANIFEST.json (sizes, hashes)
 
-Nothing leaves without a line in the ledger. Tokens lie flat in memory-mapped files, so a set may be larger than memory
-and several processes share it. What was prepared is reused only under the same key: data bytes, tokenizer, template,
-and every setting that the rows depend on.
+Nothing leaves without a line in the ledger and one in the quarantine. Tokens lie flat in memory-mapped files, so a set
+may be larger than memory and several processes share it. What was prepared is reused only under the same key, and when
+its bytes are those that were written: data bytes, tokenizer, template, every setting that the rows depend on, and the
+code that makes them.
 """
 
-import collections
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
+from aquila_sft import checkpoint, runtime
+from aquila_sft.config import Executor, SftRun, Workers
+from aquila_sft.data import decontaminate, slices
+from aquila_sft.data.ledger import NothingLeft
+from aquila_sft.data.sft_steps import Encoder, RowPolicy, Work
+from aquila_sft.errors import Stopped, UserError
 
-from aquila_sft.data import conversations, packing, sources
-from aquila_sft.data.conversations import Conversation, Refused
-from aquila_sft.data.ledger import Ledger, NothingLeft
-
-FORMAT = 1  # raise it when a change here changes the rows
-BATCH = 512  # conversations tokenized together
-
-Encoder = Callable[[list[list[dict]]], list[tuple[list[int], list[bool]]]]
+LIBRARIES = ("tokenizers", "rensa", "py3langid")
+ALONE = Workers(slice_mb=32.0, workers=1, executor=Executor.processes)
+PREPARED = "prepared.json"
+ASIDE = ".preparing-"  # before the name of what is half done
 
 
-@dataclasses.dataclass(frozen=True)
-class RowPolicy:
-    """What the rows depend on besides data and tokenizer."""
+def policy_of(run: SftRun) -> RowPolicy:
+    """What a run's settings say of rows."""
+    names = {f.name for f in dataclasses.fields(RowPolicy)} & {f.name for f in dataclasses.fields(run.data)}
+    return RowPolicy(
+        max_length=run.train.max_length, seed=run.seed, **{name: getattr(run.data, name) for name in sorted(names)}
+    )
 
-    max_length: int
-    holdout_fraction: float
-    holdout_max: int
-    pack_window: int
-    seed: int
+
+def key_of(key: dict, policy: RowPolicy) -> dict:
+    """`key`, what the caller knows of data and tokenizer, with all else that the rows depend on; JSON."""
+    settings = dataclasses.asdict(policy)
+    if policy.decontaminate:
+        settings["decontaminate"] = benchmarks_sha256(policy.decontaminate)
+    return json.loads(json.dumps({**key, **settings, "code": code_sha256()}))
+
+
+@functools.cache
+def benchmarks_sha256(folder: str) -> str:
+    return decontaminate.sha256(decontaminate.read(Path(folder).expanduser(), setting="data.decontaminate"))
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Of all that could change the rows; rather too much than too little."""
+    total = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in [*sorted(here.glob("*.py")), here.parent / "chat_template.py"]:
+        total.update(file.read_bytes())
+    for name in LIBRARIES:
+        total.update(f"{name} {importlib.metadata.version(name)}".encode())
+    return total.hexdigest()
 
 
 def prepare(
@@ -45,154 +70,109 @@ def prepare(
     encode: Encoder,
     policy: RowPolicy,
     key: dict,
-    progress: Callable[[Iterable], Iterable] = iter,
+    workers: Workers = ALONE,
+    *,
+    first: int | None = None,
 ) -> dict:
-    """Write train/ and held-back/<language>/ under `folder`, unless they are there under the same key; the ledger.
+    """`folder`, unless it is there under the same key; the ledger.
 
-    encode: list of messages -> (ids, is_target) each. key: JSON, everything the rows depend on. Raises NothingLeft when
-    nothing is left to train on.
+    encode: list of messages -> (ids, is_target) each; one that can be pickled, where there are several processes.
+    first: only so many records are looked at. Raises NothingLeft when nothing is left to train on.
     """
-    key = {**key, "format": FORMAT, **dataclasses.asdict(policy)}
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        done = json.loads((folder / "prepared.json").read_text("utf-8"))
-        if done["key"] == key:
-            return done["ledger"]
-    shutil.rmtree(folder, ignore_errors=True)
-    aside = folder.with_name(f".preparing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    ledger = Ledger()
-    with contextlib.ExitStack() as stack:
-        writers: dict[str, Writer] = {}
-
-        def writer(part: str) -> Writer:
-            if part not in writers:
-                writers[part] = stack.enter_context(Writer(aside / part))
-            return writers[part]
-
-        held_back: collections.Counter = collections.Counter()
-        for conversation, _, ids, is_target in tokenized(progress(readable(files, ledger)), encode, ledger, policy):
-            language = conversation.language
-            hold = is_held_back(conversation, policy, held_back)
-            writer(f"held-back/{language}" if hold else "train").add(
-                ids, is_target, conversations.answer_bytes(conversation.messages)
-            )
-            ledger.keep(conversation, len(ids), sum(is_target), hold)
-        report = ledger.as_dict()
-        if not ledger.total("kept"):
-            raise NothingLeft(report, files)
-    report["rows"] = {}
-    for part in writers:
-        lengths = np.diff(np.fromfile(aside / part / "offsets.bin", dtype=np.int64))
-        rows = packing.pack(lengths, policy.max_length, window=policy.pack_window, seed=policy.seed)
-        np.array([len(r) for r in rows], dtype=np.int64).tofile(aside / part / "row_sizes.bin")
-        np.array([i for r in rows for i in r], dtype=np.int64).tofile(aside / part / "row_items.bin")
-        report["rows"][part] = {
-            "rows": len(rows),
-            "filled": round(int(lengths.sum()) / (len(rows) * policy.max_length), 4),
-        }
-    (aside / "prepared.json").write_text(
-        json.dumps({"key": key, "ledger": report}, ensure_ascii=False), encoding="utf-8"
-    )
-    os.rename(aside, folder)
-    return report
+    key = key_of(key if first is None else {**key, "first": first}, policy)
+    if (ledger := ledger_of(folder, key)) is not None:
+        return ledger
+    aside = aside_of(folder)
+    slice_bytes = int(workers.slice_mb * 2**20)
+    is_little = first is not None or sum(file.stat().st_size for file in files) <= slice_bytes
+    if first is None:
+        cut = tuple(slices.cut({"conversations": files}, slice_bytes))
+    else:
+        cut = (whole(files),)
+    about = {"key": key, "slices": [str(part) for part in cut]}
+    if is_little or read_json(aside / "about.json") != about:  # what another key, or other slices, left half done
+        shutil.rmtree(aside, ignore_errors=True)
+        check_disk(files, folder.parent)
+    with checkpoint.room(folder.parent):
+        checkpoint.make_folder(aside)
+        (aside / "about.json").write_text(json.dumps(about))
+        work = Work(aside, cut, policy, encode, is_durable=not is_little, first=first)
+        run(work, workers)
+        made = aside / "rows" / "set"
+        ledger = json.loads((made / "ledger.json").read_text("utf-8"))
+        if not ledger["kept"]:
+            raise NothingLeft(ledger, files)
+        checkpoint.remove(made / checkpoint.MANIFEST)  # half of one
+        (made / PREPARED).write_text(json.dumps({"key": key, "files": [str(file) for file in files]}))
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.commit(made, folder)
+        shutil.rmtree(aside)
+    return ledger
 
 
-def is_held_back(conversation: Conversation, policy: RowPolicy, held_back: collections.Counter) -> bool:
-    """By the hash of its content, as long as its language has room; counted in `held_back`."""
-    threshold = int(policy.holdout_fraction * 2**64)
-    is_so = int(conversation.sha256()[:16], 16) < threshold and held_back[conversation.language] < policy.holdout_max
-    held_back[conversation.language] += is_so
-    return is_so
+def whole(files: list[Path]) -> slices.Slice:
+    """All of some files as one slice."""
+    return slices.Slice("conversations", tuple(slices.Piece(str(file)) for file in files))
 
 
-def readable(files: list[Path], ledger: Ledger) -> Iterator[tuple[Conversation, str]]:
-    """Conversations and where they stood; what is none goes into the ledger."""
-    for file in files:
-        name = f"{file.parent.name}/{file.name}"
-        for where, record in sources.read(file):
-            ledger.read += 1
-            if record is None:
-                ledger.refuse("not a JSON object", "unknown", name, where)
-                continue
-            try:
-                yield conversations.normalise(record, default_source=name), where
-            except Refused as refused:
-                language = conversations.language(conversations.any_text(record))
-                ledger.refuse(refused.args[0], language, conversations.source_of(record, name), where)
+def aside_of(folder: Path) -> Path:
+    """Where it is made."""
+    return folder.with_name(f"{ASIDE}{folder.name}")
 
 
-def tokenized(
-    found: Iterable[tuple[Conversation, str]], encode: Encoder, ledger: Ledger, policy: RowPolicy
-) -> Iterator[tuple[Conversation, str, list[int], list[bool]]]:
-    batch: list[tuple[Conversation, str]] = []
+def run(work: Work, policy: Workers) -> None:
+    from aquila_sft.data import workers
 
-    def flush() -> Iterator[tuple[Conversation, str, list[int], list[bool]]]:
-        for (conversation, where), (ids, is_target) in zip(batch, encode([c.messages for c, _ in batch]), strict=True):
-            fitting = fitted(conversation, ids, is_target, encode, policy.max_length)
-            if fitting is None:
-                reason, answer_tokens = "last exchange longer than a row", sum(is_target)
-                ledger.refuse(reason, conversation.language, conversation.source, where, answer_tokens)
-                continue
-            kept, kept_ids, kept_target = fitting
-            if kept is not conversation:
-                ledger.shorten(
-                    kept, (len(conversation.messages) - len(kept.messages)) // 2, sum(is_target) - sum(kept_target)
-                )
-            yield kept, where, kept_ids, kept_target
-        batch.clear()
-
-    for item in found:
-        batch.append(item)
-        if len(batch) == BATCH:
-            yield from flush()
-    yield from flush()
+    if policy.executor is Executor.processes:
+        workers.run(work, policy)
+    elif not (work.folder / "rows" / "set").exists():
+        workers.with_datatrove(work, policy)
+        if policy.executor is Executor.slurm:
+            raise Stopped("the jobs are submitted; when they are done, the same command goes on")
 
 
-def fitted(
-    conversation: Conversation, ids: list[int], is_target: list[bool], encode: Encoder, max_length: int
-) -> tuple[Conversation, list[int], list[bool]] | None:
-    """The conversation without as many of its oldest exchanges as it takes to fit; None when the last one does not.
-
-    An answer is whole or absent, never cut. How many to drop is found by bisection: a row-long tail of a
-    330-message conversation costs eight encodings, not 150.
-    """
-    if len(ids) <= max_length:
-        return conversation, ids, is_target
-    shorter = [conversation.messages]
-    while (rest := conversations.without_leading_exchange(shorter[-1])) is not None:
-        shorter.append(rest)
-    low, high, best = 1, len(shorter) - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        ids, is_target = encode([shorter[middle]])[0]
-        if len(ids) <= max_length:
-            best, high = (dataclasses.replace(conversation, messages=shorter[middle]), ids, is_target), middle - 1
-        else:
-            low = middle + 1
-    return best
+def ledger_of(folder: Path, key: dict) -> dict | None:
+    """Of a set that is there under this key, whole; None for any other."""
+    about = read_json(folder / PREPARED)
+    if about is None or about.get("key") != key:
+        return None
+    if wrong := checkpoint.problem(folder):
+        runtime.say(f"{folder} is damaged ({wrong}): prepared again")
+        return None
+    return read_json(folder / "ledger.json")
 
 
-class Writer:
-    """Appends conversations to one part's flat files."""
+def read_json(file: Path) -> dict | None:
+    """None where there is none, or where what is there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        content = json.loads(file.read_text("utf-8"))
+        return content if isinstance(content, dict) else None
+    return None
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.position = folder, 0
 
-    def __enter__(self) -> "Writer":
-        self.files = {
-            name: open(self.folder / f"{name}.bin", "wb") for name in ("tokens", "targets", "offsets", "bytes")
-        }
-        self.files["offsets"].write(np.int64(0).tobytes())
-        return self
+DISK_PER_BYTE = 4  # of text: five bytes a token, twice while the parts are put together; 0.8 kB of keys a record
+COMPRESSED = 4  # text in a byte of gz, zst
 
-    def __exit__(self, *_) -> None:
-        for file in self.files.values():
-            file.close()
 
-    def add(self, ids: list[int], is_target: list[bool], answer_bytes: int) -> None:
-        self.position += len(ids)
-        self.files["tokens"].write(np.asarray(ids, dtype=np.uint32).tobytes())
-        self.files["targets"].write(np.asarray(is_target, dtype=bool).tobytes())
-        self.files["offsets"].write(np.int64(self.position).tobytes())
-        self.files["bytes"].write(np.int64(answer_bytes).tobytes())
+def check_disk(files: list[Path], parent: Path) -> None:
+    """Raises UserError where the disk has too little room."""
+    checkpoint.make_folder(parent)
+    needed, free = DISK_PER_BYTE * sum(map(text_bytes, files)), shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"data.cache={parent}: about {needed / 1e9:,.1f} GB are needed to prepare {len(files)} file(s), "
+            f"{free / 1e9:,.1f} GB are free; make room (python -m aquila_sft.cache shows what may go), or choose "
+            "another data.cache="
+        )
+
+
+def text_bytes(file: Path) -> int:
+    """About, as it is in memory."""
+    if file.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        with contextlib.suppress(pyarrow.ArrowInvalid):  # which is told when it is read
+            about = pyarrow.parquet.ParquetFile(file).metadata
+            return sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+    return file.stat().st_size * (COMPRESSED if file.suffix in (".gz", ".zst", ".parquet") else 1)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aquila_sft.data import documents
 from aquila_sft.data.documents import Document, Refuse
-from aquila_sft.errors import UserError
+
+READ = 2**20  # bytes in memory while lines are counted
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Piece:
     file: str
     begin: int = 0
     end: int | None = None
+    first: int = 1  # the number of its first line
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Slice:
 
     def documents(self, text_column: str, refuse: Refuse) -> Iterator[tuple[Document, str]]:
         for piece in self.pieces:
-            yield from documents.of_file(self.source, Path(piece.file), text_column, refuse, piece.begin, piece.end)
+            yield from documents.of_file(
+                self.source, Path(piece.file), text_column, refuse, piece.begin, piece.end, piece.first
+            )
 
 
 def cut(files: dict[str, list[Path]], slice_bytes: int) -> list[Slice]:
@@ -55,13 +59,23 @@ def pieces_of(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
     """Pieces of about `size` bytes where the kind of file allows, and how large each is."""
     whole = path.stat().st_size
     if path.suffix == ".jsonl":
-        for begin in range(0, max(whole, 1), size):
-            end = begin + size
-            yield Piece(str(path), begin, end if end < whole else None), min(whole, end) - begin
+        yield from lines(path, whole, size)
     elif path.suffix == ".parquet":
         yield from row_groups(path, size)
     else:
         yield Piece(str(path)), whole
+
+
+def lines(path: Path, whole: int, size: int) -> Iterator[tuple[Piece, int]]:
+    """A piece has the lines that begin in it, as sources.read gives them."""
+    with open(path, "rb") as stream:
+        first = 1
+        for begin in range(0, max(whole, 1), size):
+            end = begin + size
+            yield Piece(str(path), begin, end if end < whole else None, first), min(whole, end) - begin
+            # A newline at its last byte ends a line of this piece, and the next piece's first line begins there.
+            for at in range(begin, min(end, whole), READ):
+                first += stream.read(min(READ, min(end, whole) - at)).count(b"\n")
 
 
 def row_groups(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
@@ -70,8 +84,9 @@ def row_groups(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
 
     try:
         about = pyarrow.parquet.ParquetFile(path).metadata
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+    except pyarrow.ArrowInvalid:  # told when it is read
+        yield Piece(str(path)), path.stat().st_size
+        return
     begin, held = 0, 0
     for group in range(about.num_row_groups):
         held += about.row_group(group).total_byte_size

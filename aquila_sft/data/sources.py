@@ -9,7 +9,7 @@ import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aquila_sft.errors import UserError
@@ -35,13 +35,31 @@ def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: 
     return files
 
 
+class Unreadable(UserError):
+    """A file that is not what its name says; `where`: its line, as far as one is known."""
+
+    def __init__(self, message: str, where: str | None = None) -> None:
+        super().__init__(message)
+        self.where = where
+
+    def __reduce__(self):
+        return type(self), (str(self), self.where)
+
+
 def read(
-    file: Path, column: str | None = None, begin: int = 0, end: int | None = None
+    file: Path,
+    column: str | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    first: int = 1,
+    on_broken: Callable[[bytes], None] = lambda line: None,
 ) -> Iterator[tuple[str, dict | None]]:
-    """Records of one file with their places. Raises UserError for a file that cannot be read at all.
+    """Records of one file with their places. Raises Unreadable for a file that cannot be read at all.
 
     column: the one that is wanted; a parquet file's others are not even decoded.
     begin, end: a part of the file: row groups of parquet, bytes of lines, of which those count that begin there.
+    first: the number of the first line that begins in this part.
+    on_broken: is told a line that is no JSON object, before it comes as None.
     """
     try:
         if file.name.endswith(".parquet"):
@@ -49,23 +67,34 @@ def read(
         elif file.name.endswith(".json"):
             yield from read_array(file)
         else:
-            yield from read_lines(file, begin, end)
+            yield from read_lines(file, begin, end, first, on_broken)
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise Unreadable(f"{file} cannot be read: {error}") from None
 
 
-def read_lines(file: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, dict | None]]:
+def read_lines(
+    file: Path,
+    begin: int = 0,
+    end: int | None = None,
+    first: int = 1,
+    on_broken: Callable[[bytes], None] = lambda line: None,
+) -> Iterator[tuple[str, dict | None]]:
     with open_bytes(file) as stream:
         at = begin
         if begin:  # the line that began before belongs to the part before
             stream.seek(begin - 1)
-            at += len(stream.readline()) - 1
+            before = stream.readline()
+            at += len(before) - 1
+            first += len(before) > 1
         # Bytes are split at \n only: str.splitlines would also split at U+0085 and U+2028 inside a record.
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(stream, first):
             if end is not None and at >= end:
                 return
             if line.strip():
-                yield f"{file}:byte {at}" if begin else f"{file}:{number}", parsed(line)
+                record = parsed(line)
+                if record is None:
+                    on_broken(line)
+                yield f"{file}:{number}", record
             at += len(line)
 
 
@@ -98,12 +127,13 @@ def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
         if isinstance(parsed(first), dict):
             yield from read_lines(file)
             return
-        raise UserError(
+        raise Unreadable(
             f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
-            "it out of data.files"
+            "it out of data.files",
+            f"{file}:{error.lineno}",
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: JSON that cannot be read ({error}); leave it out of data.files") from None
+        raise Unreadable(f"{file}: JSON that cannot be read ({error}); leave it out of data.files") from None
     for number, record in enumerate(content if isinstance(content, list) else [content], 1):
         yield f"{file}:{number}", record if isinstance(record, dict) else None
 
@@ -126,7 +156,7 @@ def read_parquet(
                 number += 1
                 yield f"{file}:{number}", record
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is not a readable parquet file: {error}") from None
+        raise Unreadable(f"{file} is not a readable parquet file: {error}") from None
 
 
 def rows_of(batch) -> Iterator[dict | None]:

@@ -14,26 +14,21 @@ follows from the input alone: the same bytes from one worker or a thousand. Memo
 range of keys.
 """
 
-import errno
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from aquila_sft import checkpoint
 from aquila_sft.config import PreparePolicy
 from aquila_sft.data import clean, conversations, decontaminate, duplicates, text_set
 from aquila_sft.data.documents import Document, DocumentLedger
 from aquila_sft.data.slices import Slice
+from aquila_sft.data.tasks import Step, of_slices, slice_tasks, write_json
 from aquila_sft.data.units import unit_hashes
 
-ASIDE = ".writing-"  # the name of what is not whole yet begins so
-GROUP = 64  # slices whose copies lie in one file: a slice that looked through all ranges itself would open thousands
 READ_CHARACTERS, READ_DOCUMENTS = 2**22, 4096  # that are in memory at once
 
 
@@ -49,45 +44,12 @@ class Work:
     tokenizer_sha256: str
     vocab_size: int
 
-    def of_slices(self, step: str) -> list[Path]:
-        return [self.folder / step / f"{number:06d}" for number in range(len(self.slices))]
+    settings = "prepare"
+    is_durable = True
 
-
-@dataclass(frozen=True)
-class Step:
-    """A task has a name, `target` of which it makes; `tasks` may be asked for when the steps before are done."""
-
-    name: str
-    tasks: Callable[[Work], list[str]]
-    make: Callable[[Work, str, Path], None]  # work, task, where to write
-
-    def target(self, work: Work, task: str) -> Path:
-        return work.folder / self.name / task
-
-    def run(self, work: Work, task: str) -> None:
-        """Make what is not there yet."""
-        target = self.target(work, task)
-        if target.exists():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{ASIDE}{target.name}-{os.uname().nodename}-{os.getpid()}")
-        checkpoint.remove(aside)
-        try:
-            self.make(work, task, aside)
-            for path in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
-                checkpoint.sync(path)
-            try:
-                os.rename(aside, target)
-            except OSError as error:  # another worker, given the same task, was faster with the same bytes
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            checkpoint.sync(target.parent)
-        finally:
-            checkpoint.remove(aside)
-
-
-def slice_tasks(work: Work) -> list[str]:
-    return [f"{number:06d}" for number in range(len(work.slices))]
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return STEPS
 
 
 # ---- index
@@ -167,56 +129,22 @@ def make_read(work: Work, task: str, folder: Path) -> None:
 
 
 def match_tasks(work: Work) -> list[str]:
-    """'<band>-<first key>-<last key>'."""
-    folders = work.of_slices("read")
-    documents = sum(len(np.load(folder / "keys.npy", mmap_mode="r")[0]) for folder in folders)
-    bands = 1 + (duplicates.BANDS if work.policy.near_duplicates is not None else 0)
-    return [
-        f"{band:02d}-{first:016x}-{last:016x}.npy"
-        for band in range(bands)
-        for first, last in duplicates.ranges(documents)
-    ]
+    return duplicates.tasks(of_slices(work, "read"), near=work.policy.near_duplicates is not None)
 
 
 def make_match(work: Work, task: str, target: Path) -> None:
-    band, first, last = task.removesuffix(".npy").split("-")
-    threshold = None if int(band) == duplicates.EXACT else work.policy.near_duplicates
-    found = duplicates.search(work.of_slices("read"), int(band), int(first, 16), int(last, 16), threshold)
-    with open(target, "wb") as file:
-        np.save(file, found)
+    duplicates.make(of_slices(work, "read"), task, work.policy.near_duplicates, target)
 
 
 # ---- copies
 
 
-def group_tasks(work: Work) -> list[str]:
-    return [f"{first:06d}.npz" for first in range(0, len(work.slices), GROUP)]
+def copies_tasks(work: Work) -> list[str]:
+    return duplicates.group_tasks(len(work.slices))
 
 
 def make_copies(work: Work, task: str, target: Path) -> None:
-    """equal, like: numbers of the documents with an earlier one such."""
-    first = int(task.removesuffix(".npz"))
-    nothing = np.empty(0, dtype=np.uint64)
-    found = {"equal": [nothing], "like": [nothing]}
-    for path in sorted((work.folder / "match").glob("*.npy")):
-        kind = "equal" if path.name.startswith(f"{duplicates.EXACT:02d}-") else "like"
-        found[kind].append(of_slices(np.load(path, mmap_mode="r"), first, first + GROUP))
-    with open(target, "wb") as file:
-        np.savez(file, **{kind: np.unique(np.concatenate(numbers)) for kind, numbers in found.items()})
-
-
-def of_slices(numbers: np.ndarray, first: int, end: int) -> np.ndarray:
-    """Of documents' numbers, ascending, those in slices first … end - 1."""
-    edges = np.array([first, end], dtype=np.uint64) << np.uint64(duplicates.ROW_BITS)
-    return numbers[slice(*np.searchsorted(numbers, edges))]
-
-
-def copies(work: Work, number: int, count: int) -> np.ndarray:
-    """(equal to, like) an earlier document: bool [2, documents] of one slice."""
-    found, marks = np.load(work.folder / "copies" / group_tasks(work)[number // GROUP]), np.zeros((2, count), bool)
-    for kind, mark in zip(("equal", "like"), marks, strict=True):
-        mark[of_slices(found[kind], number, number + 1) & np.uint64(2**duplicates.ROW_BITS - 1)] = True
-    return marks
+    duplicates.gather(work.folder / "match", task, target)
 
 
 # ---- tokenize
@@ -230,7 +158,7 @@ def make_tokenize(work: Work, task: str, folder: Path) -> None:
     ledger = DocumentLedger()
     source = work.slices[int(task)].source
     file = pyarrow.parquet.ParquetFile(work.folder / "read" / task / "documents.parquet")
-    equal, like = copies(work, int(task), file.metadata.num_rows)
+    equal, like = duplicates.copies(work.folder / "copies", int(task), file.metadata.num_rows)
 
     def staying():
         row = 0
@@ -273,7 +201,7 @@ def plan_tasks(work: Work) -> list[str]:
 
 
 def make_plan(work: Work, task: str, target: Path) -> None:
-    write_json(target, text_set.plan(work.of_slices("tokenize"), work.policy))
+    write_json(target, text_set.plan(of_slices(work, "tokenize"), work.policy))
 
 
 def plan_of(work: Work) -> dict:
@@ -286,14 +214,14 @@ def shard_tasks(work: Work) -> list[str]:
 
 def make_shard(work: Work, task: str, target: Path) -> None:
     about = {"vocab_size": work.vocab_size, "tokenizer_sha256": work.tokenizer_sha256}
-    text_set.write_shard(target, work.of_slices("tokenize"), plan_of(work)[task], **about)
+    text_set.write_shard(target, of_slices(work, "tokenize"), plan_of(work)[task], **about)
 
 
 STEPS = (
     Step("index", index_tasks, make_index),
     Step("read", slice_tasks, make_read),
     Step("match", match_tasks, make_match),
-    Step("copies", group_tasks, make_copies),
+    Step("copies", copies_tasks, make_copies),
     Step("tokenize", slice_tasks, make_tokenize),
     Step("plan", plan_tasks, make_plan),
     Step("shards", shard_tasks, make_shard),
@@ -311,12 +239,8 @@ def ledger_of(work: Work) -> DocumentLedger:
     """Of all slices, in the order of the input; what stays is added by the plan."""
     ledger = DocumentLedger()
     for step in ("read", "tokenize"):
-        for folder in work.of_slices(step):
+        for folder in of_slices(work, step):
             ledger.merge(json.loads((folder / "ledger.json").read_text("utf-8")))
     for task, shard in plan_of(work).items():
         ledger.add(shard, held_back=task.startswith("held-back/"))
     return ledger
-
-
-def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Who runs the tasks of steps.py: processes of this machine, or datatrove, which knows Slurm.
+"""Who runs the tasks of a Work (tasks.py): processes of this machine, or datatrove, which knows Slurm.
 
-    processes   a pool of prepare.workers processes, one step after the other
+    processes   a pool of prepare.workers or data.workers processes, one step after the other
     datatrove   the same through datatrove's local executor
-    slurm       every step is a job array of prepare.tasks tasks that waits for the one before; nobody waits here
+    slurm       every step is a job array of prepare.tasks or data.tasks tasks that waits for the one before; nobody
+                waits here
 
 Task i of n of an executor's does tasks i, i + n, i + 2n, … of a step. What is done is known by what is there, not by an
 executor's own marks, so one may begin with any of them, and go on with another or with another number of tasks.
@@ -15,22 +16,24 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from aquila_sft import runtime
-from aquila_sft.config import PreparePolicy
-from aquila_sft.data.steps import STEPS, Step, Work
+from aquila_sft.config import Workers
+from aquila_sft.data.tasks import Step, Work
 from aquila_sft.errors import Stopped, UserError
 
 
-def run(work: Work, policy: PreparePolicy) -> None:
+def run(work: Work, policy: Workers) -> None:
     """All steps, here and now."""
     from tqdm import tqdm
 
-    workers = policy.workers or runtime.cores()
-    for step in STEPS:
+    # Starting processes takes longer than one slice takes.
+    workers = policy.workers or (runtime.cores() if len(work.slices) > 1 else 1)
+    for step in work.steps:
         tasks = step.tasks(work)
         left = [task for task in tasks if not step.target(work, task).exists()]
         if len(tasks) > 1 and len(left) < len(tasks):
             runtime.say(f"  {step.name}: {len(tasks) - len(left)} of {len(tasks)} tasks are done already")
-        with tqdm(total=len(left), desc=step.name, unit=" tasks", mininterval=1.0, leave=False) as bar:
+        about = {"desc": step.name, "unit": " tasks", "mininterval": 1.0, "leave": False}
+        with tqdm(total=len(left), disable=len(left) < 2, **about) as bar:
             if min(workers, len(left)) <= 1:
                 for task in left:
                     step.run(work, task)
@@ -51,7 +54,8 @@ def in_processes(step: Step, work: Work, tasks: list[str], count: int, bar) -> N
         except BrokenProcessPool:
             raise UserError(
                 f"a process of the step {step.name} was killed, by the system when memory ran out or by someone; the "
-                "same command goes on, with fewer prepare.workers= or a smaller prepare.slice_mb= it takes less memory"
+                f"same command goes on, with fewer {work.settings}.workers= or a smaller {work.settings}.slice_mb= it "
+                "takes less memory"
             ) from None
         except BaseException:  # a signal, too: what is half done is made again, nobody waits for it
             for process in set(multiprocessing.active_children()) - before:
@@ -74,18 +78,18 @@ def one_thread() -> None:
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def with_datatrove(work: Work, policy: PreparePolicy) -> None:
+def with_datatrove(work: Work, policy: Workers) -> None:
     """All steps as datatrove pipelines: here, or submitted to Slurm, where a step's jobs wait for those before."""
     try:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
         raise UserError(
-            f"prepare.executor={policy.executor.value} needs datatrove: pip install -e '.[corpus]'"
+            f"{work.settings}.executor={policy.executor.value} needs datatrove: pip install -e '.[corpus]'"
         ) from None
     from aquila_sft.data.datatrove_step import DatatroveStep
 
     before = None
-    for step in STEPS:
+    for step in work.steps:
         # A log folder of a new run: datatrove's marks of what is done would outlive what was done.
         about = {"logging_dir": str(fresh(work.folder / "logs" / step.name)), "skip_completed": False}
         pipeline = [DatatroveStep(step.name, work)]
@@ -102,7 +106,7 @@ def with_datatrove(work: Work, policy: PreparePolicy) -> None:
             cpus_per_task=jobs.cpus_per_task,
             mem_per_cpu_gb=jobs.mem_per_cpu_gb,
             workers=jobs.at_once or -1,
-            job_name=f"prepare-{step.name}",
+            job_name=f"{work.settings}-{step.name}",
             env_command=jobs.setup,
             sbatch_args=jobs.sbatch,
             depends=before,

@@ -170,11 +170,9 @@ def conversations(run: SftRun, tokenizer, sample: int, folder: Path) -> Conversa
     from aquila_sft.chat_template import encode_batch
 
     files = conversation_files(run)
-    policy = sft_set.RowPolicy(
-        run.train.max_length, run.data.holdout_fraction, run.data.holdout_max, run.data.pack_window, run.seed
-    )
+    policy = sft_set.policy_of(run)
     encode = partial(encode_batch, tokenizer, default_system=run.tokenizer.system)
-    report = sft_set.prepare(files, folder, encode, policy, {}, progress=lambda found: itertools.islice(found, sample))
+    report = sft_set.prepare(files, folder, encode, policy, {}, first=sample)
     rows = PackedRows(folder / "train")
     records = report["read"] if report["read"] < sample else sum(count_records(file) for file in files)
     whole = max(1.0, records / report["read"])

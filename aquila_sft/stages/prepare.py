@@ -160,7 +160,7 @@ def prepare(
     files: dict[str, list[Path]],
     corpora: dict[str, hub.DatasetFiles],
 ) -> None:
-    from aquila_sft.data import slices, steps, text_set, workers
+    from aquila_sft.data import slices, steps, tasks, text_set, workers
     from aquila_sft.tokenizer import save_tokenizer, tokenizer_sha256
 
     begun = time.monotonic()
@@ -192,7 +192,7 @@ def prepare(
         raise UserError(nothing_left(report, files))
     out.begin()
     shutil.rmtree(out.final, ignore_errors=True)
-    for left in [folder / "shards" / checkpoint.MANIFEST, *(folder / "shards").rglob(f"{steps.ASIDE}*")]:
+    for left in [folder / "shards" / checkpoint.MANIFEST, *(folder / "shards").rglob(f"{tasks.ASIDE}*")]:
         checkpoint.remove(left)  # what a run was writing when it was killed
     shutil.copytree(folder / "tokenizer", folder / "shards" / "tokenizer", dirs_exist_ok=True)
     checkpoint.commit(

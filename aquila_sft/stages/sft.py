@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
+from aquila_sft import cache, checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
 from aquila_sft.config import Attention, Precision, SftRun
 from aquila_sft.data import sft_set
@@ -39,7 +39,7 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
 
             choices = device.choose(cfg.train, cfg.kernel)
             if main:
-                contents = inputs.contents()
+                contents = inputs.contents() | benchmarks(cfg)
                 identity = run_dir.identity_of(cfg, **contents) | {
                     "kernel": choices.kernel,
                     "train.precision": choices.precision.value,
@@ -56,7 +56,7 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
             newest = checkpoint.newest(out.checkpoints)
             tokenizer = load_tokenizer(cfg, inputs, out)
             if main:
-                ledger = prepare_rows(cfg, inputs, out, tokenizer, contents["data"])
+                ledger = prepare_rows(cfg, inputs, out, tokenizer, contents["data"], stack)
                 audit_labels(cfg, inputs, out, tokenizer, ledger)
         for line in choices.reasons:
             runtime.say(f"  {line}")
@@ -64,31 +64,45 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
         closing(cfg, out, "done")
 
 
-def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, data_sha256: str) -> dict:
-    """Packed rows under data/ and ledger.json, by the main process, for all; the ledger."""
-    from functools import partial
+def benchmarks(cfg: SftRun) -> dict[str, str]:
+    """Those that are looked for, by their contents."""
+    if not cfg.data.decontaminate:
+        return {}
+    return {"data.decontaminate": sft_set.benchmarks_sha256(cfg.data.decontaminate)}
 
-    from tqdm import tqdm
 
-    from aquila_sft.chat_template import encode_batch
+def prepare_rows(
+    cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, data_sha256: str, stack: contextlib.ExitStack
+) -> dict:
+    """Packed rows in the cache, where they stay until `stack` ends, and ledger.json; by the main process, for all.
+
+    Returns the ledger.
+    """
+    from aquila_sft.data.chat_encoder import Encoder
     from aquila_sft.tokenizer import tokenizer_sha256
 
-    policy = sft_set.RowPolicy(
-        cfg.train.max_length, cfg.data.holdout_fraction, cfg.data.holdout_max, cfg.data.pack_window, cfg.seed
-    )
+    policy = sft_set.policy_of(cfg)
     key = {
         "data": data_sha256,
         "tokenizer": tokenizer_sha256(tokenizer),
+        "template": checkpoint.digest(tokenizer.chat_template),
         "system": cfg.tokenizer.system,
     }
-    encode = partial(encode_batch, tokenizer, default_system=cfg.tokenizer.system)
-    progress = partial(tqdm, unit=" conversations", desc="preparing", mininterval=1.0, leave=False)
+    whole_key = sft_set.key_of(key, policy)
+    folder = cache.folder_of(cfg, whole_key)
+    encode = Encoder(tokenizer, cfg.tokenizer.system, sft_set.aside_of(folder) / "encoder.json")
     about = {
         "files": [{"file": str(f), "bytes": f.stat().st_size} for f in inputs.data],
         "origin": inputs.origin,
+        "prepared": str(folder.absolute()),
     }
     try:
-        ledger = sft_set.prepare(inputs.data, out.path / "data", encode, policy, key, progress)
+        ledger, was_there = cache.prepared(
+            folder,
+            whole_key,
+            stack,
+            make=lambda: sft_set.prepare(inputs.data, folder, encode, policy, key, cfg.data),
+        )
     except NothingLeft as error:
         run_dir.write_json(out.path / "ledger.json", about | error.ledger)
         raise
@@ -98,14 +112,15 @@ def prepare_rows(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, da
     if ledger["left_out"] or ledger["shortened"]:
         told += f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
     runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
-    return ledger
+    runtime.say(f"  prepared rows {'reused' if was_there else 'made'}: {folder}")
+    return about | ledger
 
 
 def audit_labels(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, ledger: dict) -> None:
     """Raises UserError when the model would be trained on something else than the answers of these conversations."""
     from aquila_sft.audit import report
 
-    about = report.Audited(cfg, tokenizer, inputs.base, inputs.data, out.path / "data", ledger)
+    about = report.Audited(cfg, tokenizer, inputs.base, inputs.data, Path(ledger["prepared"]), ledger)
     report.stop(report.audit(about, say=lambda name, text: runtime.say(f"  {name:<14}{text}")))
 
 
@@ -135,8 +150,9 @@ def train(
         return torch.autocast(choices.device, torch.bfloat16, enabled=choices.precision is Precision.bf16)
 
     net, parameters, trainable = make_model(cfg, inputs, choices, tokenizer)
-    rows = PackedRows(out.path / "data" / "train")
-    held_back = {p.name: PackedRows(p) for p in sorted((out.path / "data" / "held-back").glob("*"))}
+    prepared = Path(run_dir.read_json(out.path / "ledger.json")["prepared"])
+    rows = PackedRows(prepared / "train")
+    held_back = {p.name: PackedRows(p) for p in sorted((prepared / "held-back").glob("*"))}
     plan = Plan(cfg.train, len(rows), choices.device, is_smoke=cfg.debug == "smoke")
     for line in remarks(cfg.schedule, plan.steps):
         runtime.say(f"  {line}")

@@ -1,0 +1,151 @@
+"""Prepared instruction sets: a folder that all runs share, who uses what of it, and what may go.
+
+    python -m aquila_sft.cache                                   what is there
+    python -m aquila_sft.cache delete=<key>|all                  delete what no run is using
+    python -m aquila_sft.cache quarantine=<key or file>          what was left out and why, one JSON object a line
+    python -m aquila_sft.cache quarantine=… reason=<beginning>   the original records of that reason, for data.files=
+    … cache=<folder>                                             this one, instead of all outputs/*/cache
+
+A set is named by the beginning of its key. Who makes one holds its lock alone, who trains on one shares it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from aquila_sft import checkpoint, runtime
+from aquila_sft.config import SftRun
+from aquila_sft.data import quarantine, sft_set
+from aquila_sft.errors import USER_ERROR, UserError
+
+LOCKS = ".locks"
+
+
+def folder_of(run: SftRun, key: dict) -> Path:
+    """In data.cache, or beside the run's directory, where the other runs of its scale are."""
+    cache = Path(run.data.cache).expanduser() if run.data.cache else Path(run.output_dir).parent / "cache"
+    return cache / checkpoint.digest(key)[:16]
+
+
+@contextlib.contextmanager
+def in_use(folder: Path, *, alone: bool, wait: bool = True) -> Iterator[bool]:
+    """A prepared set, made or deleted alone, or shared. Yields False where another has it and one does not wait."""
+    locks = folder.parent / LOCKS
+    checkpoint.make_folder(locks)
+    with open(locks / folder.name, "w") as lock:
+        how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield False
+                return
+            runtime.say(f"  another run prepares {folder}: waiting for it")
+            fcntl.flock(lock, how)
+        yield True
+
+
+def prepared(folder: Path, key: dict, stack: contextlib.ExitStack, make: Callable[[], dict]) -> tuple[dict, bool]:
+    """The ledger of the set with this key, and whether it was there; make() makes it. Shared until `stack` ends."""
+    was_there = True
+    while True:
+        with contextlib.ExitStack() as sharing:
+            sharing.enter_context(in_use(folder, alone=False))
+            if (ledger := sft_set.ledger_of(folder, key)) is not None:
+                stack.push(sharing.pop_all())
+                return ledger, was_there
+        was_there = False
+        with in_use(folder, alone=True):
+            make()
+
+
+def sets(caches: list[Path]) -> list[Path]:
+    """Whole ones and half done ones."""
+    return sorted(
+        {
+            path.with_name(path.name.removeprefix(sft_set.ASIDE))
+            for cache in caches
+            for path in cache.glob("*")
+            if path.is_dir() and path.name != LOCKS
+        }
+    )
+
+
+def chosen(caches: list[Path], name: str) -> Path:
+    found = [folder for folder in sets(caches) if folder.name.startswith(name)]
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} prepared sets have a name that begins with {name!r}; without words all are listed"
+        )
+    return found[0]
+
+
+def line_of(folder: Path) -> str:
+    about, ledger = sft_set.read_json(folder / sft_set.PREPARED), sft_set.read_json(folder / "ledger.json")
+    paths = [folder, sft_set.aside_of(folder)]
+    files = [file for path in paths for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    with in_use(folder, alone=True, wait=False) as is_free:
+        state = "" if is_free else ", in use"
+    if about is None or ledger is None:
+        return f"{folder}  not finished, {size / 1e6:,.1f} MB{state}"
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / sft_set.PREPARED).stat().st_mtime))
+    names = ", ".join(Path(file).name for file in about["files"][:2]) + (" …" if len(about["files"]) > 2 else "")
+    return (
+        f"{folder}  {made}  {ledger['kept'] + ledger['held_back']:,} of {ledger['read']:,} conversations, "
+        f"{ledger['tokens']:,} tokens, rows of {about['key']['max_length']:,}, {size / 1e6:,.1f} MB{state}: {names}"
+    )
+
+
+def delete(caches: list[Path], name: str) -> None:
+    for folder in sets(caches) if name == "all" else [chosen(caches, name)]:
+        with in_use(folder, alone=True, wait=False) as is_free:
+            if not is_free:
+                if name != "all":
+                    raise UserError(f"delete={name}: a run is using {folder}; nothing is deleted")
+                print(f"{folder}  in use, kept")
+                continue
+            for path in (folder, sft_set.aside_of(folder)):
+                if path.is_dir():  # gone with one rename: what is half deleted must not look like a set
+                    away = path.with_name(f"{sft_set.ASIDE}deleted-{folder.name}")
+                    checkpoint.remove(away)
+                    os.rename(path, away)
+                    checkpoint.remove(away)
+            print(f"{folder}  deleted")
+
+
+def quarantined(caches: list[Path], name: str, reason: str | None) -> None:
+    file = Path(name) if Path(name).exists() else chosen(caches, name)
+    for line in quarantine.read(file / quarantine.FILE if file.is_dir() else file, reason):
+        print(json.dumps(line if reason is None else line["record"], ensure_ascii=False))
+
+
+def main(words: list[str]) -> int:
+    try:
+        given = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+        if unknown := given.keys() - {"delete", "quarantine", "reason", "cache"}:
+            raise UserError(f"{min(unknown)} is not one of delete=, quarantine=, reason=, cache=")
+        caches = [Path(given["cache"])] if "cache" in given else sorted(Path("outputs").glob("*/cache"))
+        if "delete" in given:
+            delete(caches, given["delete"])
+        elif "quarantine" in given:
+            quarantined(caches, given["quarantine"], given.get("reason"))
+        else:
+            for folder in sets(caches):
+                print(line_of(folder))
+            print(f"{len(sets(caches))} prepared set(s); delete=<key> or delete=all deletes")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:  # | head
+        sys.stdout = None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
