@@ -99,6 +99,19 @@ def test_one_worker_or_two_one_slice_or_many_give_the_same_bytes(tmp_path, token
     assert without_frames(made["one"], tmp_path / "one") == without_frames(made["whole"], tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_datatrove_makes_the_same_bytes(tmp_path, tokenizer, defaults):
+    pytest.importorskip("datatrove")
+    made = {}
+    for executor in (Executor.processes, Executor.datatrove):
+        folder = tmp_path / executor.value
+        encode = Encoder(tokenizer, "You are a helpful assistant", sft_set.aside_of(folder) / "encoder.json")
+        how = Workers(slice_mb=0.01, workers=1, tasks=2, executor=executor)
+        sft_set.prepare(messy(tmp_path), folder, encode, policy(defaults), {}, how)
+        made[executor] = content(folder)
+    assert made[Executor.processes] == made[Executor.datatrove]
+
+
 def test_killed_before_any_step_is_visible_the_same_command_ends_with_the_same_bytes(
     tmp_path, encode, defaults, monkeypatch
 ):
