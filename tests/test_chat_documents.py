@@ -89,7 +89,7 @@ def test_an_anneal_on_conversations_teaches_the_marks_and_tuning_goes_on_from_it
         nats.append(torch.nn.functional.cross_entropy(logits[is_mark], ids[0, 1:][is_mark]).item())
     assert nats[1] < nats[0] - 1  # where a turn ends is something it was taught
 
-    settings = (f"model.path={annealed}/final", f"data.files={talk}", f"output_dir={tuned}", "train.max_length=64")
+    settings = (f"model.path={annealed}/final", f"data.files={talk}", f"output_dir={tuned}", "train.max_length=128")
     done = warm.run(["recipe=sft", "scale=mini", *settings, "train.tokens_per_step=256", "train.max_steps=2"])
     assert done.returncode == 0, done.stderr
     assert "added to the vocabulary" not in done.stdout
