@@ -242,7 +242,7 @@ def worker(folder, out, kill_after=0, processes=1) -> list[dict]:
     else:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
         done = subprocess.run([sys.executable, *launch, *words], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == (9 if kill_after else 0), done.stderr[-2000:]
+    assert done.returncode == (9 if kill_after else 0), done.stderr
     return [json.loads(file.read_text()) for file in sorted(out.glob("told-*.json"))]
 
 

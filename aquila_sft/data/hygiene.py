@@ -256,7 +256,7 @@ SELF = re.compile(
     rf"(?:{NAMES})\b"
     rf"|\bas (?:{NAMES}), I\b"
     rf"|\b(?:I am|I'm|I’m|I was|as an? (?:AI|artificial|large|language)\b|my (?:creators?|developers?|makers?)\b)"
-    rf"[^.!?\n]{{0,80}}?\b(?:by|at|from|is|are|was)\s+(?:{MAKERS})\b"
+    rf"(?:(?!\bnot\b)[^.!?\n]){{0,80}}?\b(?:by|at|from|is|are|was)\s+(?:{MAKERS})\b"
     rf"|\b(?:{MAKERS})\s+(?:{MADE})\s+me\b"
     rf"|(?:我是|我叫|我的名字(?:是|叫)|我被称为|我来自)(?:[^。！？\n，,“”\"]{{0,16}}?)(?:{NAMES})"
     rf"|作为(?:一[个款种名位])?(?:{NAMES})[，,]"
