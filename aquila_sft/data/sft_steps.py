@@ -13,7 +13,6 @@ the rules, which are pure, say the same again. In memory is a batch of conversat
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 from collections import Counter
@@ -23,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft.config import ConversationPolicy, DamagedBlocks, Detector, Fault
-from aquila_sft.data import conversations, decontaminate, duplicates, packing, quarantine, sources
+from aquila_sft.data import conversations, duplicates, packing, quarantine, sources
 from aquila_sft.data.conversations import CALL, RESULT, Conversation
 from aquila_sft.data.hygiene import Messages, Verdict, judge, said_by
+from aquila_sft.data.index_step import INDEX, index_of
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.data.slices import Slice
 from aquila_sft.data.tasks import Step, of_slices, slice_tasks, write_json
@@ -128,27 +128,6 @@ def marked(found: Iterable[Found], reason_of: Callable[[int, Verdict], str | Non
 
 TOO_LONG = "longer than a row"
 COPY, NEAR_COPY = "copy of an earlier conversation", "nearly a copy of an earlier conversation"
-
-
-# ---- index
-
-
-def index_tasks(work: Work) -> list[str]:
-    return ["benchmarks.npz"] if work.policy.decontaminate else []
-
-
-def make_index(work: Work, task: str, target: Path) -> None:
-    items = decontaminate.read(Path(work.policy.decontaminate).expanduser(), setting="data.decontaminate")
-    decontaminate.Index(items, work.policy.ngram_words, work.policy.ngram_characters).save(target)
-
-
-def index_of(work: Work) -> decontaminate.Index | None:
-    return loaded_index(work.folder / "index/benchmarks.npz") if work.policy.decontaminate else None
-
-
-@functools.lru_cache(maxsize=1)
-def loaded_index(path: Path) -> decontaminate.Index:
-    return decontaminate.Index.load(path)
 
 
 # ---- read, match
@@ -445,7 +424,7 @@ def pack(part: Path, policy: RowPolicy) -> dict:
 
 
 STEPS = (
-    Step("index", index_tasks, make_index),
+    INDEX,
     Step("read", read_tasks, make_read),
     Step("match", match_tasks, make_match),
     Step("copies", copies_tasks, make_copies),

@@ -14,7 +14,6 @@ follows from the input alone: the same bytes from one worker or a thousand. Memo
 range of keys.
 """
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft.config import PreparePolicy
-from aquila_sft.data import clean, conversations, decontaminate, duplicates, text_set
+from aquila_sft.data import clean, conversations, duplicates, text_set
 from aquila_sft.data.documents import Document, DocumentLedger
+from aquila_sft.data.index_step import INDEX, index_of
 from aquila_sft.data.slices import Slice
 from aquila_sft.data.tasks import Step, of_slices, slice_tasks, write_json
 from aquila_sft.data.units import unit_hashes
@@ -50,27 +50,6 @@ class Work:
     @property
     def steps(self) -> tuple[Step, ...]:
         return STEPS
-
-
-# ---- index
-
-
-def index_tasks(work: Work) -> list[str]:
-    return ["benchmarks.npz"] if work.policy.decontaminate else []
-
-
-def make_index(work: Work, task: str, target: Path) -> None:
-    items = decontaminate.read(Path(work.policy.decontaminate).expanduser())
-    decontaminate.Index(items, work.policy.ngram_words, work.policy.ngram_characters).save(target)
-
-
-def index_of(work: Work) -> decontaminate.Index | None:
-    return loaded_index(work.folder / "index/benchmarks.npz") if work.policy.decontaminate else None
-
-
-@functools.lru_cache(maxsize=1)
-def loaded_index(path: Path) -> decontaminate.Index:
-    return decontaminate.Index.load(path)
 
 
 # ---- read
@@ -218,7 +197,7 @@ def make_shard(work: Work, task: str, target: Path) -> None:
 
 
 STEPS = (
-    Step("index", index_tasks, make_index),
+    INDEX,
     Step("read", slice_tasks, make_read),
     Step("match", match_tasks, make_match),
     Step("copies", copies_tasks, make_copies),

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from aquila_sft import checkpoint
 from aquila_sft.data.slices import Slice
@@ -25,6 +25,7 @@ class Work(Protocol):
 
     folder: Path
     slices: tuple[Slice, ...]
+    policy: Any  # PreparePolicy or RowPolicy: what the tasks go by
     steps: "tuple[Step, ...]"
     settings: str  # the group of settings that say who works: prepare, data
     is_durable: bool  # whether what is done shall survive a power cut; little work is quicker done again

@@ -15,6 +15,7 @@ from pathlib import Path
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.config import Executor, PrepareData, PrepareRun
 from aquila_sft.data import documents
+from aquila_sft.data.index_step import index_of
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
@@ -256,9 +257,8 @@ def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
 
 def about(cfg: PrepareRun, files: dict[str, list[Path]], work) -> dict:
     """What the ledger says beside its counts: the input, and which benchmarks were looked for."""
-    from aquila_sft.data import steps
 
-    index = steps.index_of(work)
+    index = index_of(work)
     read = {s: [{"file": str(f), "bytes": f.stat().st_size} for f in paths] for s, paths in files.items()}
     return {
         "files": read,
