@@ -1,6 +1,7 @@
 """Log-likelihoods, answers and runs of an evaluation with a tiny model."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
@@ -150,8 +151,14 @@ class Request:
 
 
 def test_no_begin_token_stands_before_a_prompt(parts, tmp_path):
-    model, tokenizer = parts
-    scorer = scorer_of(parts, tmp_path)
+    """Of a tokenizer that puts one there when it is not told otherwise, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = parts[0], copy.deepcopy(parts[1])
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    assert tokenizer.encode("The river")[0] == tokenizer.bos_token_id
+    scorer = scorer_of((model, tokenizer), tmp_path)
     ((value, _),) = scorer.loglikelihood([Request("The river", " rises")])
     context, whole = (tokenizer.encode(t, add_special_tokens=False) for t in ("The river", "The river rises"))
     assert tokenizer.bos_token_id not in context

@@ -90,3 +90,19 @@ def test_an_evaluation_that_is_no_number_is_null_in_metrics_and_absent_from_the_
     line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert (line["eval_loss_en"], line["eval_bits_per_byte_en"], line["eval_loss_zh"]) == (None, None, 2.0)
     assert evaluate.of_run(metrics.read())["eval_loss"] == {"zh": 2.0}
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_a_model_is_evaluated_without_dropout_and_gets_back_the_mode_that_it_had(was_training):
+    modes = []
+
+    class Watched(OneNat):
+        def forward(self, **given):
+            modes.append(self.training)
+            return super().forward(**given)
+
+    model = Watched(1, 1).train(was_training)
+    targets = torch.tensor([[1, 2, -100, 7]])
+    found = evaluate.nats(model, [{"targets": targets}, {"targets": targets}], 7, contextlib.nullcontext)
+    assert modes == [False, False] and model.training is was_training
+    assert found == (6, 6, 4, 4)  # nats and targets; the same without those of the end

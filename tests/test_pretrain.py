@@ -389,6 +389,19 @@ def test_matrices_decay_and_gains_and_the_embedding_do_not(tied):
     assert {decay[name] for name in decay.keys() - kept} == {0.1} and ("lm_head.weight" in decay) == (not tied)
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(shards, tmp_path):
+    for limit, clipped in ((0.01, 0.01), (0, None)):  # 0: no clipping
+        out = tmp_path / str(limit)
+        more = ("train.max_steps=1", f"optim.max_grad_norm={limit}", "train.precision=fp32")
+        done = run(*words(shards, out, *more))
+        assert done.returncode == 0, done.stderr
+        moments = torch.load(out / "checkpoints/step-000001/optimizer.pt", weights_only=True)["state"].values()
+        # the first moment of the first step is (1 - beta1) times the gradient
+        norm = math.sqrt(sum(float(moment["exp_avg"].square().sum()) for moment in moments)) / (1 - 0.9)
+        (logged,) = [m["grad_norm"] for m in metrics(out) if "grad_norm" in m]
+        assert logged > 0.1 and norm == pytest.approx(clipped or logged, rel=1e-3)
+
+
 def test_too_many_take_the_run_back_without_their_data_whenever_the_host_looks(shards, tmp_path, monkeypatch):
     poisoned.poison({4 * 8, 5 * 8, 6 * 8}, monkeypatch.setattr)
     ends = []
