@@ -154,10 +154,15 @@ def keep_newest(parent: Path, count: int) -> None:
         runtime.say(f"checkpoint {latest.name} is damaged ({wrong}): the ones before it are kept")
         return
     for checkpoint in old:
-        away = checkpoint.with_name(f".deleting-{checkpoint.name}")
-        os.rename(checkpoint, away)
-        sync(parent)  # or a power cut could leave the old name on a folder that is half empty
-        shutil.rmtree(away)
+        delete(checkpoint)
+
+
+def delete(folder: Path) -> None:
+    """Whole under its name or not there: what is interrupted leaves half a folder under another one."""
+    away = folder.with_name(f".deleting-{folder.name}")
+    os.rename(folder, away)
+    sync(folder.parent)  # or a power cut could leave the old name on a folder that is half empty
+    shutil.rmtree(away)
 
 
 def clear_leftovers(parent: Path) -> None:

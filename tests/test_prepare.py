@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 import unicodedata
@@ -721,6 +722,37 @@ def test_slices_of_any_size_make_the_same_shards(tmp_path, corpus, tokenizer_fol
     assert train.main(corpus_words(corpus, tokenizer_folder, tmp_path / "out", "prepare.slice_mb=64")) == 0
     made = results(tmp_path / "out")
     assert {k: v for k, v in made.items() if k != "ledger"} == {k: v for k, v in unbroken.items() if k != "ledger"}
+
+
+def test_a_run_that_is_stopped_while_it_deletes_what_tasks_left_ends_with_the_same_bytes(
+    tmp_path, corpus, tokenizer_folder, unbroken, monkeypatch
+):
+    """In the middle of a folder of other slices, and again when all is done; half a folder is never taken up."""
+    own, own_run, stopping = shutil.rmtree, steps.Step.run, []
+
+    def rmtree(path, *args, **kwargs):
+        if stopping and (tmp_path / "out" / "data") in (Path(path), *Path(path).parents):
+            for file in [*Path(path).rglob("tokenize/*/ledger.json"), *Path(path).rglob("tokenize/*/*.en.*")]:
+                file.unlink()
+            raise Stopped(stopping.pop())
+        own(path, *args, **kwargs)
+
+    def run(step, work, task):
+        if step.name == "plan" and stopping:
+            raise Stopped(stopping.pop())
+        own_run(step, work, task)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(steps.Step, "run", run)
+    command = corpus_words(corpus, tokenizer_folder, tmp_path / "out", "prepare.workers=1")
+    other = [word.replace("slice_mb=0.012", "slice_mb=64") for word in command]
+    for words_, where in ((command, "when all is tokenized"), (other, "in the folder of the others")):
+        stopping.append(where)
+        assert train.main(words_) == 3 and not stopping
+    stopping.append("at the end")
+    assert train.main(command) == 3 and not stopping
+    assert train.main(command) == 0
+    assert results(tmp_path / "out") == unbroken and not (tmp_path / "out/data").exists()
 
 
 KILLING = """

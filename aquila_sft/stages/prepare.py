@@ -44,12 +44,12 @@ def run(cfg: PrepareRun, compose_run: Callable[[list[str]], object]) -> None:
         hashed = hashes_of(files, run_dir.read_json(Path(cfg.output_dir) / INPUT) or {})
         out = stack.enter_context(run_dir.opened(cfg, identity_of(cfg, vocabulary, files, hashed)))
         run_dir.write_json(out.path / INPUT, hashed)
-        if out.is_finished() and is_whole(out):
-            return closing(cfg, out, "is finished and of the same text and settings: reused, nothing done")
-        stack.enter_context(out.recorded(cfg))
-        with checkpoint.room(out.path):
-            prepare(cfg, out, vocabulary, files, corpora)
-        closing(cfg, out, "done")
+        reused = out.is_finished() and is_whole(out)
+        if not reused:
+            with out.recorded(cfg), checkpoint.room(out.path):
+                prepare(cfg, out, vocabulary, files, corpora)
+        clear_work(out)  # it is done by now, whatever stops this
+        closing(cfg, out, "is finished and of the same text and settings: reused, nothing done" if reused else "done")
 
 
 def find_vocabulary(cfg: PrepareRun) -> Path:
@@ -212,7 +212,6 @@ def prepare(
         },
     )
     write_summary(cfg, out, parts, report, time.monotonic() - begun)
-    shutil.rmtree(out.path / "data")
     for name, part in parts["train"].items():
         held = parts["held-back"].get(name, {"documents": 0})["documents"]
         runtime.say(
@@ -229,12 +228,21 @@ def work_folder(out: run_dir.RunDir, slice_bytes: int) -> Path:
     """Where the tasks of this run leave what they make, and take up again; that of other settings is deleted."""
     identity = run_dir.read_json(out.path / "identity.json")["sha256"]
     folder = out.path / "data" / f"{identity[:16]}-{slice_bytes}"
-    if folder.parent.is_dir():
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
+    clear_work(out, but=folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clear_work(out: run_dir.RunDir, but: Path | None = None) -> None:
+    """Delete what tasks left. Whoever takes a folder up again believes what is in it, so half of one must not stay."""
+    data = out.path / "data"
+    if data.is_dir():
+        checkpoint.clear_leftovers(data)
+        for folder in data.iterdir():
+            if folder != but:
+                checkpoint.delete(folder)
+        if but is None:
+            data.rmdir()
 
 
 def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
