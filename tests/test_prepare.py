@@ -25,7 +25,7 @@ from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, w
 import train
 from aquila_sft import checkpoint, hub, snapshot
 from aquila_sft.config import CleanPolicy
-from aquila_sft.data import clean, conversations, documents, shards, steps, text_set
+from aquila_sft.data import clean, conversations, decontaminate, documents, shards, slices, steps, text_set
 from aquila_sft.data.documents import Document
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
@@ -498,6 +498,31 @@ def test_a_compressed_file_that_breaks_off_or_is_none_stops_with_its_name(tmp_pa
     (tmp_path / name).write_bytes(damage(pack(lines)))
     with pytest.raises(UserError, match=f"{name} cannot be read"):
         list(documents.read({"s": [tmp_path / name]}, "text", print))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.parquet", "a.csv.gz"])
+def test_whatever_bit_of_a_file_is_flipped_it_is_read_or_stops_with_one_line(tmp_path, name):
+    some, file, rng, stopped = texts(60), tmp_path / name, random.Random(0), 0
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(some)), file, row_group_size=20)
+    else:
+        file.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in some).encode()))
+    whole = file.read_bytes()
+    first = len(whole) - 1500 if name == "a.parquet" else 0  # its metadata: texts have no checksum of their own
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(first, len(whole))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            if name == "a.csv.gz":
+                list(decontaminate.records(file))
+            else:
+                for piece in slices.cut({"s": [file]}, 2**20):
+                    list(piece.documents("text", lambda *_: None))
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            stopped += 1
+    assert stopped > 20
 
 
 def test_a_txt_file_of_one_endless_line_is_cut_between_characters(tmp_path):

@@ -186,7 +186,7 @@ def records(path: Path) -> Iterator[dict]:
 
 def rows(path: Path) -> Iterator[dict]:
     """The rows of a table, by its header; MMLU's have none, and are question, answers, letter."""
-    with sources.open_bytes(path) as stream:
+    with sources.readable(path), sources.open_bytes(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             lines = list(csv.reader(text, delimiter="\t" if ".tsv" in path.name else ","))

@@ -157,7 +157,7 @@ def texts_of(
 
 def txt_pieces(path: Path) -> Iterator[tuple[str, bytes]]:
     """The bytes of a txt file, whole or cut at blank lines, with the number of their first line."""
-    try:
+    with sources.readable(path):
         with sources.open_bytes(path) as stream:
             beginning = stream.read(WHOLE_TXT + 1)
         if len(beginning) <= WHOLE_TXT:
@@ -174,8 +174,6 @@ def txt_pieces(path: Path) -> Iterator[tuple[str, bytes]]:
                 number += line.endswith(b"\n")
             if piece.strip():
                 yield f"{path}:{first}", bytes(piece)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def whole_characters(piece: bytearray) -> int:

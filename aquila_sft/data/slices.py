@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquila_sft.data import documents
+from aquila_sft.data import documents, sources
 from aquila_sft.data.documents import Document, Refuse
 
 READ = 2**20  # bytes in memory while lines are counted
@@ -79,12 +79,9 @@ def lines(path: Path, whole: int, size: int) -> Iterator[tuple[Piece, int]]:
 
 
 def row_groups(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        about = pyarrow.parquet.ParquetFile(path).metadata
-    except pyarrow.ArrowInvalid:  # told when it is read
+        about = sources.parquet_file(path).metadata
+    except sources.Unreadable:  # told when it is read
         yield Piece(str(path)), path.stat().st_size
         return
     begin, held = 0, 0

@@ -5,10 +5,12 @@
 A line that is not a JSON object comes out as None and is the caller's to count: one bad line never ends a run.
 """
 
+import contextlib
 import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,15 +63,22 @@ def read(
     first: the number of the first line that begins in this part.
     on_broken: is told a line that is no JSON object, before it comes as None.
     """
-    try:
+    with readable(file):
         if file.name.endswith(".parquet"):
             yield from read_parquet(file, column, begin, end)
         elif file.name.endswith(".json"):
             yield from read_array(file)
         else:
             yield from read_lines(file, begin, end, first, on_broken)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{file} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise as one line with its name."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise Unreadable(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def read_lines(
@@ -142,10 +151,9 @@ def read_parquet(
     file: Path, column: str | None = None, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[str, dict | None]]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = parquet_file(file)
         if column is not None and column not in table.schema_arrow.names:
             column = None
         groups = range(begin, table.num_row_groups if end is None else end)
@@ -156,7 +164,23 @@ def read_parquet(
                 number += 1
                 yield f"{file}:{number}", record
     except pyarrow.ArrowInvalid as error:
-        raise Unreadable(f"{file} is not a readable parquet file: {error}") from None
+        raise no_parquet(file, error) from None
+
+
+def parquet_file(file: Path):
+    """Opened: its metadata are read. Raises Unreadable."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with readable(file):
+        try:
+            return pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise no_parquet(file, error) from None
+
+
+def no_parquet(file: Path, error: Exception) -> Unreadable:
+    return Unreadable(f"{file} is not a readable parquet file: {' '.join(str(error).split())}")
 
 
 def rows_of(batch) -> Iterator[dict | None]:

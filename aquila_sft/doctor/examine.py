@@ -203,12 +203,10 @@ def conversation_files(run: SftRun) -> list[Path]:
 def count_records(file: Path) -> int:
     """Records of a file, without looking into them."""
     if file.name.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.ParquetFile(file).metadata.num_rows
+        return sources.parquet_file(file).metadata.num_rows
     if file.name.endswith(".json"):
         return sum(1 for _ in sources.read(file))
-    with sources.open_bytes(file) as stream:
+    with sources.readable(file), sources.open_bytes(file) as stream:
         return sum(1 for line in stream if line.strip())
 
 
