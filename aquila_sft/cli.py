@@ -7,6 +7,7 @@ blanks, `=`, brackets and bare Chinese as syntax, a person means text.
 import re
 from pathlib import Path
 
+from aquila_sft.config import check_source
 from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 
@@ -154,6 +155,7 @@ def split_items(value: str) -> list[str]:
 def quoted_source(item: str) -> str:
     """`name: files` or `name: [file, …]` of {name: files, …}."""
     name, _, files = (part.strip() for part in item.partition(":"))
+    check_source(name)
     if files[:1] + files[-1:] == "[]":
         return f"{name}:[{','.join(quoted(file) for file in split_items(files))}]"
     return f"{name}:{quoted(files)}"

@@ -7,6 +7,7 @@ door.py makes these from YAML; below it there is no DictConfig.
 import enum
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -137,10 +138,9 @@ class TextData:
 
     def check(self) -> None:
         if self.files is not None:
-            named = self.files if isinstance(self.files, dict) else {"text": self.files}
+            named = self.files if self.files and isinstance(self.files, dict) else {"text": self.files}
             for name in named:
-                if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(name)):
-                    raise UserError(f"data.files: the source name {name!r} must be letters, digits, _ and -")
+                check_source(str(name))
             self.files = {str(name): file_list(files) for name, files in named.items()}
         check_bundled(self.bundled)
 
@@ -212,8 +212,7 @@ class Workers:
     slurm: SlurmJobs | None = None
 
     def check_workers(self, group: str) -> None:
-        if self.slice_mb <= 0:
-            raise UserError(f"{group}.slice_mb={self.slice_mb} must be more than 0")
+        at_least(group, self, 0.001, "slice_mb")
         at_least(group, self, 1, *[n for n in ("workers", "tasks") if getattr(self, n) is not None])
         if self.executor is Executor.slurm and (self.slurm is None or self.tasks is None):
             raise UserError(
@@ -536,6 +535,9 @@ class Run:
             raise UserError(f"evaluate= is for {', '.join(TRAINING)}; recipe={self.recipe} trains no model")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is outside 0 … {2**32 - 1}")
+        out = Path(self.output_dir).absolute()
+        if not (file := next(path for path in (out, *out.parents) if path.exists())).is_dir():
+            raise UserError(f"output_dir={self.output_dir}: {file} is a file; choose another")
 
     def check_scale(self, *given: Any) -> None:
         """scale=mini, the default, is for the bundled world: input of one's own needs a scale that was asked for."""
@@ -723,6 +725,12 @@ SCHEMAS = {
     "eval": EvalRun,
     "chat": ChatRun,
 }
+
+
+def check_source(name: str) -> None:
+    """Folders are called by it, and Hydra's grammar has to read it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(f"data.files: the source name {name!r} must be Latin letters, digits, _ and -")
 
 
 def file_list(files: Any) -> list[str]:

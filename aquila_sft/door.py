@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +10,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from aquila_sft.config import SCHEMAS, Run
 from aquila_sft.errors import UserError
+
+UNLIMITED = ("data.max_epochs", "optim.max_grad_norm")  # where inf means that there is no limit
 
 
 def load(cfg: DictConfig) -> Run:
@@ -18,11 +21,21 @@ def load(cfg: DictConfig) -> Run:
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, schema, cfg)) from None
+    check_numbers(run)
     for value in [getattr(run, f.name) for f in dataclasses.fields(run)]:
         if hasattr(value, "check"):
             value.check()
     run.check()
     return run
+
+
+def check_numbers(value: object, key: str = "") -> None:
+    """nan is no setting, and neither is an endless length or size; raises UserError."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            check_numbers(getattr(value, f.name), f"{key}.{f.name}".lstrip("."))
+    elif isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or key not in UNLIMITED):
+        raise UserError(f"{key}={value} is no number to work with")
 
 
 def explain(error: OmegaConfBaseException, schema: type, cfg: DictConfig) -> str:

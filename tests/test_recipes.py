@@ -86,6 +86,12 @@ def test_the_135m_model_is_the_published_one():
         (["recipe=pretrain", "data.languages={en:-1}"], ["data.languages.en=-1"]),
         (["recipe=pretrain", "schedule.decay_steps=null"], ["schedule.kind=wsd", "schedule.decay_steps"]),
         (["recipe=prepare", "scale=mini", "data.files={a b: x.txt}"], ["source name 'a b'"]),
+        (["recipe=prepare", "scale=mini", "data.files={中文: x.txt}"], ["source name '中文'", "Latin letters"]),
+        (["recipe=prepare", "scale=mini", "data.files={}"], ["data.files={}", "not a file"]),
+        (["recipe=prepare", "scale=mini", "prepare.slice_mb=1e-9"], ["prepare.slice_mb=1e-09", "0.001"]),
+        (["recipe=prepare", "scale=mini", "prepare.slice_mb=inf"], ["prepare.slice_mb=inf"]),
+        (["recipe=pretrain", "data.max_epochs=nan"], ["data.max_epochs=nan"]),
+        (["recipe=prepare", f"output_dir={ROOT}/train.py/x"], [f"output_dir={ROOT}/train.py/x", "is a file"]),
         (["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random"], ["tokenizer"]),
         (
             ["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random", "tokenizer.path=."],
