@@ -225,6 +225,8 @@ BROKEN = [
     ("of=tokenizer scale=135m tokenizer.ranks=/no/ranks", "input", "/no/ranks"),
     ("of=prepare scale=mini data.files={here}/wiki.jsonl tokenizer.path=/no/tok", "input", "tokenizer.path=/no/tok"),
     ("of=prepare scale=mini data.files={here}/wiki.jsonl data.text_column=txt", "input", "data.text_column=txt"),
+    ("of=prepare scale=mini data.files={here}/wiki.jsonl tokenizer.ranks={here}/wiki.jsonl", "input", "tiktoken rank"),
+    ("of=prepare scale=mini prepare.decontaminate=/no/items", "input", "prepare.decontaminate=/no/items"),
     ("of=prepare scale=mini prepare.holdout_fraction=0", "nothing-held-back", "prepare.holdout_fraction=0"),
 ]
 
@@ -468,6 +470,15 @@ def test_a_run_directory_of_another_configuration_is_noticed(here, tmp_path, mon
     assert status == 2 and "optim.weight_decay=0.05 (0.01 there)" in found(printed)["directory-taken"]
     status, printed = check(*words, "optim.weight_decay=0.05", "overwrite=true", capsys=capsys)
     assert status == 0
+
+
+def test_the_command_of_a_finished_prepare_finds_its_own_run(here, capsys):
+    command = ["of=prepare", "scale=mini", f"tokenizer.path={here}/tok", f"output_dir={here}/shards"]
+    command += [f"data.files={{wiki: {here}/wiki.jsonl}}", "prepare.holdout_fraction=0.1"]
+    status, printed = check(*command, capsys=capsys)
+    assert status == 0 and "finished, it would be reused" in printed
+    status, printed = check(*command, "prepare.near_duplicates=0.9", capsys=capsys)
+    assert status == 2 and "prepare.near_duplicates=0.9" in found(printed)["directory-taken"]
 
 
 def test_the_command_needs_a_recipe_that_can_be_checked(capsys):

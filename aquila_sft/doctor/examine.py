@@ -75,7 +75,8 @@ def state_of(run: Run) -> tuple[str, list[str]]:
     differing = [
         f"{key}={value} ({there[key]} there)"
         for key, value in settings.items()
-        if key in there and key not in found_out and there[key] != value
+        # the identity of recipe=prepare has hashes under the names of sources
+        if key in there and key not in found_out and not key.startswith("data.files.") and there[key] != value
     ]
     if not known["has_begun"]:
         return "new", []
@@ -90,8 +91,10 @@ def state_of(run: Run) -> tuple[str, list[str]]:
 
 def tokenizer_of(folder: Path):
     """The tokenizer of a folder. Absent for tiktoken ranks, which a run converts first."""
-    from aquila_sft.tokenizer import RANKS_FILE, load_tokenizer
+    from aquila_sft.tokenizer import RANKS_FILE, load_tokenizer, read_ranks
 
+    if folder.is_file():
+        read_ranks(folder)
     if folder.is_file() or not (folder / "tokenizer.json").is_file() and (folder / RANKS_FILE).is_file():
         raise Absent(f"{folder}: tiktoken ranks, converted by the run")
     return load_tokenizer(folder)

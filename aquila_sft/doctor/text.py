@@ -5,6 +5,7 @@ from pathlib import Path
 
 from aquila_sft import bpe
 from aquila_sft.config import PrepareRun, TokenizerRun
+from aquila_sft.data import decontaminate
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.doctor import examine
 from aquila_sft.doctor.view import View
@@ -39,6 +40,8 @@ def look_at_prepare(view: View) -> None:
     tokenizer = None
     if run.tokenizer.path or run.tokenizer.ranks:
         tokenizer = view.attempt(examine.tokenizer_asked_for, run)
+    if run.prepare.decontaminate:
+        view.attempt(look_at_benchmarks, view)
     if run.prepare.holdout_fraction == 0 or run.prepare.holdout_max_bytes == 0:
         view.warning("nothing-held-back", "prepare.holdout_fraction=0: no text is left for bits per byte")
     seen = view.attempt(look_at_text, view)
@@ -62,6 +65,12 @@ def look_at_prepare(view: View) -> None:
         view.warning(
             "many-shards", f"prepare.shard_tokens={run.prepare.shard_tokens:,} makes {shards:,} files or more; raise it"
         )
+
+
+def look_at_benchmarks(view: View) -> None:
+    folder = Path(view.run.prepare.decontaminate)
+    items = decontaminate.read(folder.expanduser())
+    view.say("benchmarks", f"{len(items):,} items of {len({item.benchmark for item in items})} in {folder}")
 
 
 def look_at_text(view: View) -> examine.Documents:
