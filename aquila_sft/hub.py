@@ -70,7 +70,7 @@ def model_folder(path: str, revision: str | None, subfolder: str | None = None) 
                 f"model.subfolder={subfolder}: {folder} has no such folder{nearest(subfolder, there)}; models are in: "
                 f"{', '.join(there) or 'none'}"
             )
-        return folder / subfolder if subfolder else folder
+        return verified(folder / subfolder if subfolder else folder)
     if folder.is_file():
         raise UserError(f"model.path={path} is a file; name the folder with config.json and *.safetensors")
     if "://" in path:
@@ -89,6 +89,16 @@ def model_folder(path: str, revision: str | None, subfolder: str | None = None) 
         raise UserError(f"model.path={path!r} is neither a folder here nor a Hub id such as BAAI/Aquila-135M") from None
     fetched = snapshot.fetch(wanted_model(path, revision, subfolder))
     return fetched / subfolder if subfolder else fetched
+
+
+def verified(folder: Path) -> Path:
+    """A model that a run here left says which bytes it has; what has other ones is not gone on from in silence."""
+    if (folder / checkpoint.MANIFEST).is_file() and (wrong := checkpoint.problem(folder, but=("README.md",))):
+        raise UserError(
+            f"model.path={folder} is damaged ({wrong}); take another checkpoint, or, if it was changed on purpose, "
+            f"remove its {checkpoint.MANIFEST}"
+        )
+    return folder
 
 
 def wanted_model(path: str, revision: str | None, subfolder: str | None) -> snapshot.Wanted:

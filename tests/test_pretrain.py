@@ -529,12 +529,25 @@ def test_an_anneal_begins_at_any_checkpoint_with_its_moments_and_lets_the_rate_f
     assert "optimizer: begins anew" in from_final.stdout
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "config.json", "MANIFEST.json"])
+def test_a_damaged_checkpoint_is_no_base_to_go_on_from(unbroken, shards, tmp_path, name):
+    base = tmp_path / "step-000004"
+    shutil.copytree(unbroken[0] / "checkpoints/step-000004", base)
+    damaged = bytearray((base / name).read_bytes())
+    damaged[len(damaged) * 2 // 3] ^= 1
+    (base / name).write_bytes(damaged)
+    refused = run(*words(shards, tmp_path / "out", f"model.path={base}", recipe="anneal"))
+    assert refused.returncode == 2 and f"model.path={base} is damaged ({name} " in refused.stderr
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
 def test_several_anneals_branch_off_one_trunk(unbroken, shards, tmp_path):
     """From a checkpoint by its subfolder, whose configuration has wrong ids, and with another decay and mixture."""
     trunk, _ = unbroken
     shutil.copytree(trunk / "checkpoints", tmp_path / "repository")
     config = tmp_path / "repository/step-000004/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": 1, "eos_token_id": 2}))
+    config.with_name("MANIFEST.json").unlink()  # published ones have none
     base = (f"model.path={tmp_path}/repository", "model.subfolder=step-000004", "train.max_steps=3")
     branches = {
         "linear": ("data.sources={wiki: 1}",),
