@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from aquila_sft import runtime
 from aquila_sft.errors import UserError, disk_fault
 
 MANIFEST = "MANIFEST.json"
+IS_STEP = re.compile(r"step-\d+")
 SPARE = 2**24  # bytes left free beside a checkpoint: configuration, vocabulary, log
 
 
@@ -82,7 +84,8 @@ def step_of(checkpoint: Path) -> int:
 
 def all_of(parent: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(parent.glob("step-[0-9]*"), key=step_of)
+    named = (path for path in parent.glob("step-*") if IS_STEP.fullmatch(path.name) and path.is_dir())
+    return sorted(named, key=step_of)
 
 
 def commit(written: Path, target: Path, **about: object) -> None:
@@ -115,6 +118,8 @@ def problem(checkpoint: Path, but: tuple[str, ...] = ()) -> str | None:
         return f"{MANIFEST} is damaged"
     if own != digest(manifest):
         return f"{MANIFEST} is damaged"
+    if IS_STEP.fullmatch(checkpoint.name) and manifest.get("step", step_of(checkpoint)) != step_of(checkpoint):
+        return f"it is of step {manifest['step']}"
     for name, expected in files.items():
         file = checkpoint / name
         if name in but:

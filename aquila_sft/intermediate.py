@@ -7,15 +7,17 @@ After steps 1, 2, 4, 8, … at first, where a model changes fastest, then every 
 They hold no optimizer state: a run goes on from checkpoints/, which train.keep_checkpoints may thin out.
 """
 
-import shutil
+import json
+import re
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aquila_sft import checkpoint, run_dir
+from aquila_sft import checkpoint, run_dir, runtime
 from aquila_sft import model as models
 
 INDEX = "index.json"
+NAME = re.compile(r"\w+-step-(\d+)-tokens-\d+[KMB]?")  # as name_of makes it
 
 
 def is_due(step: int, every: int | None, last_step: int) -> bool:
@@ -32,19 +34,36 @@ def name_of(stage: str, step: int, tokens: int) -> str:
     return f"{stage}-step-{step:07d}-tokens-{tokens // size}{unit}"
 
 
+def kept(folder: Path) -> dict[Path, int]:
+    """The models that are there, in the order of their steps, and these."""
+    named = {path: NAME.fullmatch(path.name) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {path: int(name[1]) for path, name in named.items() if name}
+
+
 def index(folder: Path) -> list[dict]:
-    return run_dir.read_json(folder / INDEX) or []
+    """An entry for each, from its own manifest: a list that is lost costs no model its place."""
+    entries = []
+    for path in kept(folder):
+        try:
+            about = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
+            files = about.pop("files")
+            del about["manifest_sha256"]
+        except (OSError, ValueError, KeyError, AttributeError):
+            runtime.say(f"  {path}: its {checkpoint.MANIFEST} is damaged; not listed in {INDEX}")
+            continue
+        weights = {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+        entries.append({"name": path.name, **about, "weights_sha256": weights})
+    return entries
 
 
 def begin(folder: Path, from_step: int) -> None:
     """Forget what came after `from_step`: the run goes on from there, and makes it again."""
     folder.mkdir(exist_ok=True)
     checkpoint.clear_leftovers(folder)
-    kept = [entry for entry in index(folder) if entry["step"] <= from_step and (folder / entry["name"]).is_dir()]
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in {entry["name"] for entry in kept}:
-            shutil.rmtree(path)
-    run_dir.write_json(folder / INDEX, kept)
+    for path, step in kept(folder).items():
+        if step > from_step:
+            checkpoint.delete(path)
+    run_dir.write_json(folder / INDEX, index(folder))
 
 
 def keep(
@@ -55,7 +74,5 @@ def keep(
     aside = folder / f".writing-{name}"
     with checkpoint.room(folder):
         models.save(model, tokenizer, aside)
-        weights = {file.name: checkpoint.sha256(file) for file in sorted(aside.glob("*.safetensors"))}
         checkpoint.commit(aside, folder / name, stage=stage, step=step, **about)
-        entry = {"name": name, "stage": stage, "step": step, **about, "weights_sha256": weights}
-        run_dir.write_json(folder / INDEX, [*index(folder), entry])
+        run_dir.write_json(folder / INDEX, index(folder))

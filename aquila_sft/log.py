@@ -56,16 +56,16 @@ class MetricsFile:
 
     @staticmethod
     def lines(path: Path) -> list[dict]:
-        """The objects of a file; a line that a kill cut off is not one."""
+        """The objects of a file; a line that a kill cut off is not one, nor is a damaged one."""
         if not path.is_file():
             return []
         lines = []
-        for line in path.read_text("utf-8").split("\n"):
+        for line in path.read_bytes().split(b"\n"):
             try:
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
-        return lines
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 class Bar:

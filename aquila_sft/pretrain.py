@@ -274,8 +274,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """A checkpoint: a model folder that transformers loads, the optimizer's moments, and where the run is."""
         ledger = self.exchange()
-        names = self.loader.order.parts
-        self.write(step, ledger=ledger.hash, rows=dict(zip(names, ledger.rows.tolist(), strict=True)))
+        self.write(step, ledger=ledger.hash, rows=ledger.rows_of(self.loader.order.parts))
         target = checkpoint.folder(self.checkpoints, step)
         if runtime.is_main() and not target.exists():
             state = self.state(step)

@@ -2,16 +2,16 @@
 
     python -m aquila_sft.proof outputs/mini/pretrain
 
-At every checkpoint metrics.jsonl holds the rows of every part so far and the ledger's hash (data/consumed.py). Here
-the order is walked again, in one process, from one checkpoint to the next: each must have added exactly its rows. A run
-does this itself at its end, for as many of its newest rows as take seconds; the command does it for all of them.
+The newest checkpoint holds the rows of every part and the ledger's hash (data/consumed.py), metrics.jsonl those of the
+ones before. Here the order is walked again, in one process, from one to the next: each must have added exactly its
+rows. A run does this itself at its end, for as many of its newest rows as take seconds; the command for all of them.
 """
 
 import math
 import sys
 from pathlib import Path
 
-from aquila_sft.data.consumed import BITS, recount
+from aquila_sft.data.consumed import BITS, Consumed, recount
 from aquila_sft.data.loader import Loader
 from aquila_sft.errors import DONE, USER_ERROR, UserError
 
@@ -19,9 +19,14 @@ ROWS_AT_THE_END = 2**17
 BEGIN = {"step": 0, "rows": {}, "ledger": "0"}
 
 
-def check(loader: Loader, metrics: list[dict], *, max_rows: float = math.inf) -> str:
-    """The verdict, in words. `metrics`: the run's, of which those with a ledger count. UserError when one is amiss."""
-    checkpoints = [line for line in metrics if "ledger" in line]
+def ledgers(metrics: list[dict], parts: list[str], step: int, consumed: Consumed) -> list[dict]:
+    """What was consumed at every checkpoint, up to the newest, which is at `step` and says so itself."""
+    newest = {"step": step, "rows": consumed.rows_of(parts), "ledger": consumed.hash}
+    return [*(line for line in metrics if "ledger" in line and line["step"] <= step), newest]
+
+
+def check(loader: Loader, checkpoints: list[dict], *, max_rows: float = math.inf) -> str:
+    """The verdict on `ledgers`, in words. Raises UserError when something is amiss."""
     total = reread = 0
     for before, now in reversed(list(zip([BEGIN, *checkpoints], checkpoints, strict=False))):
         where = f"between steps {before['step']:,} and {now['step']:,}"
@@ -65,17 +70,21 @@ def of_run(folder: Path) -> str:
 
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except OSError:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         raise UserError(f"{folder}: no config.yaml there; give the directory of a run of recipe=pretrain") from None
-    cfg = door.load(OmegaConf.create(settings | {"scale_is_explicit": True}))  # it passed that check when it began
     newest = next(reversed(checkpoint.all_of(folder / "checkpoints")), None)
-    if cfg.stage != "pretrain" or newest is None:
+    if not isinstance(settings, dict) or settings.get("stage") != "pretrain" or newest is None:
         raise UserError(f"{folder} has no checkpoint of recipe=pretrain or anneal")
+    cfg = door.load(OmegaConf.create(settings | {"scale_is_explicit": True}))  # it passed that check when it began
+    if wrong := checkpoint.problem(newest):
+        raise UserError(f"{newest} is damaged ({wrong}); the command that trained, given again, makes it again")
     prepared = Prepared(Path(cfg.data.shards))
     pad_id = load_tokenizer(prepared.tokenizer_folder).pad_token_id
     loader = Loader.of_run(cfg, prepared, device="cpu", pad_id=pad_id)
-    loader.skipped = [tuple(window) for window in read_json(newest / "state.json")["loader"]["skipped"]]
-    return check(loader, MetricsFile.lines(folder / "metrics.jsonl"))
+    state = read_json(newest / "state.json")
+    loader.skipped = [tuple(window) for window in state["loader"]["skipped"]]
+    metrics, consumed = MetricsFile.lines(folder / "metrics.jsonl"), Consumed.of_state(state["ledger"])
+    return check(loader, ledgers(metrics, loader.order.parts, state["step"], consumed))
 
 
 if __name__ == "__main__":

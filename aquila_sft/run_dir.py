@@ -336,7 +336,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, no UTF-8
         raise UserError(f"{path} is damaged ({error}); remove it, or choose another run_name=") from None
 
 

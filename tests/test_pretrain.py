@@ -23,7 +23,7 @@ from shard_files import write_part
 from tiny import SENTENCES, TINY_ARCHITECTURE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from aquila_sft import checkpoint, guard, log, pretrain, proof
+from aquila_sft import checkpoint, guard, intermediate, log, pretrain, proof
 from aquila_sft.data.rows import IGNORE
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.data.text_rows import TextRows, batch
@@ -484,6 +484,47 @@ def test_the_proof_is_a_command_and_finds_a_shard_that_changed(unbroken, shards,
     (changed / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     with pytest.raises(UserError, match="between steps 4 and 6 .* rows of wiki.en .* trained on twice"):
         proof.of_run(changed)
+    (changed / "metrics.jsonl").write_bytes(b"\xff")
+    assert proof.of_run(changed) == summary(folder)["verdict"]  # what the newest checkpoint says of all 64 rows
+
+
+def test_what_is_wrong_with_a_run_is_one_line_of_the_proof(unbroken, tmp_path):
+    (whole := tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(unbroken[0] / name, whole)
+    with pytest.raises(UserError, match="has no checkpoint of recipe=pretrain"):
+        proof.of_run(whole)
+    shutil.copytree(unbroken[0] / "checkpoints/step-000008", newest := whole / "checkpoints/step-000008")
+    assert proof.of_run(whole) == summary(unbroken[0])["verdict"]
+    state = json.loads((newest / "state.json").read_text())
+    state["ledger"]["rows"][0] += 1
+    (newest / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="step-000008 is damaged .state.json "):
+        proof.of_run(whole)
+    (newest / "MANIFEST.json").unlink()
+    checkpoint.commit(newest, again := whole / "checkpoints/step-000009", step=9)
+    again.rename(newest)
+    with pytest.raises(UserError, match="it is of step 9"):
+        proof.of_run(whole)
+    newest.rename(again)
+    with pytest.raises(UserError, match="between steps 8 and 8 .* 0 rows of wiki.en and the ledger 1"):
+        proof.of_run(whole)
+    (whole / "config.yaml").write_bytes(b"\xff{")
+    with pytest.raises(UserError, match="no config.yaml"):
+        proof.of_run(whole)
+
+
+def test_a_lost_or_damaged_list_of_models_is_made_again_from_them(unbroken, tmp_path):
+    whole, folder = unbroken[0] / "intermediate", tmp_path / "intermediate"
+    shutil.copytree(whole, folder)
+    for damage in ((folder / "index.json").unlink, lambda: (folder / "index.json").write_text("[{")):
+        damage()
+        intermediate.begin(folder, 8)
+        assert (folder / "index.json").read_bytes() == (whole / "index.json").read_bytes()
+    (folder / "mine").mkdir()
+    intermediate.begin(folder, 4)
+    assert [entry["step"] for entry in intermediate.index(folder)] == [1, 2, 4]
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 4
 
 
 def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(unbroken, shards, tmp_path):

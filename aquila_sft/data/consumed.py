@@ -41,6 +41,9 @@ class Consumed:
     def hash(self) -> str:
         return f"{self.total:0{BITS // 4}x}"
 
+    def rows_of(self, parts: list[str]) -> dict[str, int]:
+        return dict(zip(parts, self.rows.tolist(), strict=True))
+
     def add(self, other: "Consumed") -> None:
         self.rows, self.targets = self.rows + other.rows, self.targets + other.targets
         self.damaged = self.damaged + other.damaged

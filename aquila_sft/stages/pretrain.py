@@ -195,7 +195,8 @@ def write_ledger(cfg: PretrainRun, prepared: Prepared, trainer: "Trainer", out: 
     from aquila_sft import proof
 
     loader, counted = trainer.loader, trainer.consumed
-    verdict = proof.check(loader, trainer.metrics.read(), max_rows=proof.ROWS_AT_THE_END)
+    checkpoints = proof.ledgers(trainer.metrics.read(), loader.order.parts, loader.plan.steps, counted)
+    verdict = proof.check(loader, checkpoints, max_rows=proof.ROWS_AT_THE_END)
     runtime.say(f"  ledger: {verdict}")
     epochs = counted.rows / loader.order.rows
     ledger = {
