@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,17 @@ from aquila_sft.saving import Saver
 
 OPTIMIZER = "optimizer.pt"  # tensors and numbers only: read with weights_only=True
 STATE = "state.json"
+# what torch.load and a look into what it loaded raise for a file of something else
+NOT_MOMENTS = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    struct.error,
+    UnpicklingError,
+)
 
 
 class Update(NamedTuple):
@@ -304,8 +317,18 @@ class Trainer:
         """The moments of a checkpoint; False when it has none (a published model, a final/)."""
         if not (folder / OPTIMIZER).is_file():
             return False
-        # to the CPU first: "cpu:0", as Accelerate names it among several processes, is nothing torch.load knows
-        state = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+        ours = [[parameter.shape for parameter in group["params"]] for group in self.optimizer.param_groups]
+        try:
+            # to the CPU first: "cpu:0", as Accelerate names it among several processes, is nothing torch.load knows
+            state = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+            theirs = [[state["state"][i]["exp_avg"].shape for i in group["params"]] for group in state["param_groups"]]
+        except NOT_MOMENTS:
+            theirs = None
+        if theirs != ours:  # another trainer's, or another model's
+            raise UserError(
+                f"{folder / OPTIMIZER} does not hold AdamW's moments of this model as a run here leaves them; remove "
+                "it, and the optimizer begins anew"
+            )
         # the moments alone: rate, betas and decay are this run's, an anneal's may differ from its trunk's
         own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         for theirs, ours in zip(state["param_groups"], own, strict=True):

@@ -119,6 +119,10 @@ def here(tmp_path_factory):
     zeroed.save_pretrained(folder / "zeroed")
     shutil.copytree(folder / "published", folder / "pickled")
     os.rename(folder / "pickled/model.safetensors", folder / "pickled/pytorch_model.bin")
+    for name, file in (("half", "model.safetensors"), ("no-json", "config.json")):
+        shutil.copytree(folder / "published", folder / name)
+        content = (folder / name / file).read_bytes()
+        (folder / name / file).write_bytes(content[: len(content) // 2])
     plain = AutoTokenizer.from_pretrained(folder / "tok")
     state = json.loads((folder / "tok/tokenizer.json").read_text("utf-8"))
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<|im_")]
@@ -219,6 +223,8 @@ BROKEN = [
     (SFT + " train.num_epochs=1 train.tokens_per_step=131072", "blank-rows", "131,072"),
     (SFT + " tokenizer.path={here}/no-chat", "input", "<|im_start|>"),
     (LORA + " tokenizer.path={here}/no-chat tokenizer.add_chat_tokens=true", "input", "never be trained"),
+    (ANNEAL + " model.path={here}/half", "input", "not fully covered"),
+    (ANNEAL + " model.path={here}/no-json", "input", "cannot be loaded"),
     # text
     ("of=tokenizer scale=mini data.files={here}/wiki.jsonl bpe.vocab_size=100", "input", "bpe.vocab_size=100"),
     ("of=tokenizer scale=mini data.files={here}/wiki.jsonl bpe.vocab_size=9000", "little-text", "9,000"),

@@ -582,6 +582,22 @@ def test_a_damaged_checkpoint_is_no_base_to_go_on_from(unbroken, shards, tmp_pat
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("kind", ["no pickle", "empty", "of another model", "of another order"])
+def test_an_optimizer_that_is_not_of_this_model_is_one_line(unbroken, shards, tmp_path, kind):
+    shutil.copytree(unbroken[0] / "final", base := tmp_path / "base")
+    (base / "MANIFEST.json").unlink()
+    state = torch.load(unbroken[0] / "checkpoints/step-000004/optimizer.pt", weights_only=True)
+    if kind == "of another model":
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:-1]
+    elif kind == "of another order":
+        state["param_groups"].reverse()
+    torch.save({} if kind == "empty" else state, base / "optimizer.pt")
+    if kind == "no pickle":
+        (base / "optimizer.pt").write_bytes(b"junk")
+    done = run(*words(shards, tmp_path / "out", f"model.path={base}", recipe="anneal"))
+    assert done.returncode == 2 and f"{base}/optimizer.pt does not hold AdamW's moments" in done.stderr, done.stderr
+
+
 def test_several_anneals_branch_off_one_trunk(unbroken, shards, tmp_path):
     """From a checkpoint by its subfolder, whose configuration has wrong ids, and with another decay and mixture."""
     trunk, _ = unbroken

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors
 
 from aquila_sft import checkpoint, hub, prerequisites, run_dir, snapshot
 from aquila_sft.config import PretrainRun, Run, SftRun, TextData
@@ -121,8 +122,14 @@ def base_of(run: PretrainRun | SftRun) -> Path | None:
     folder = hub.model_folder(path, run.model.revision, run.model.subfolder)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path} holds no model: config.json is missing")
-    if not any(folder.glob("*.safetensors")):
+    if not (weights := sorted(folder.glob("*.safetensors"))):
         raise UserError(f"model.path={path} has no *.safetensors; pickled weights are not read")
+    try:
+        config_of(folder)
+        for file in weights:
+            safetensors.safe_open(file, "numpy")  # reads the header, and compares it with the size
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"model.path={path} cannot be loaded: {error}") from None
     return folder
 
 
