@@ -112,6 +112,9 @@ class Model:
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"model.num_key_value_heads={self.num_key_value_heads}"
             )
+        at_least("model", self, 1, *[n for n in ("vocab_size", "sliding_window") if getattr(self, n) is not None])
+        at_least("model", self, 0, "rms_norm_eps", "initializer_range")
+        at_least("model", self, 1, "rope_theta")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary embeddings need an even one")
 

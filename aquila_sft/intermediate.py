@@ -28,6 +28,14 @@ def is_due(step: int, every: int | None, last_step: int) -> bool:
     return step % every == 0 or step == last_step or (step < every and is_power_of_two)
 
 
+def count(every: int | None, last_step: int) -> int:
+    """How many models a run of so many steps keeps."""
+    if every is None or not last_step:
+        return 0
+    early = min(every - 1, last_step).bit_length()  # powers of two
+    return early + last_step // every + (not is_due(last_step, every, last_step + 1))
+
+
 def name_of(stage: str, step: int, tokens: int) -> str:
     """Names sort by step; tokens are rounded down."""
     unit, size = next((u for u in (("", 1), ("K", 10**3), ("M", 10**6)) if tokens < 10**4 * u[1]), ("B", 10**9))

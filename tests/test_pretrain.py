@@ -177,6 +177,13 @@ def test_models_are_kept_early_and_evenly_and_listed(unbroken):
     assert entries[-1]["bits_per_byte"] == summary(folder)["bits_per_byte"] and entries[0]["bits_per_byte"] is None
 
 
+def test_kept_models_are_counted_as_they_are_kept():
+    for every in (1, 2, 5, 8, 9, None):
+        for steps in range(40):
+            due = sum(intermediate.is_due(step, every, steps) for step in range(1, steps + 1))
+            assert intermediate.count(every, steps) == due
+
+
 def test_bits_per_byte_are_those_of_plain_logits(unbroken, shards):
     """Held-back documents one by one, through transformers' own forward pass, without packing."""
     folder, _ = unbroken

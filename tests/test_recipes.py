@@ -91,6 +91,9 @@ def test_the_135m_model_is_the_published_one():
         (["recipe=prepare", "scale=mini", "prepare.slice_mb=1e-9"], ["prepare.slice_mb=1e-09", "0.001"]),
         (["recipe=prepare", "scale=mini", "prepare.slice_mb=inf"], ["prepare.slice_mb=inf"]),
         (["recipe=pretrain", "data.max_epochs=nan"], ["data.max_epochs=nan"]),
+        (["recipe=pretrain", "model.initializer_range=-1"], ["model.initializer_range=-1"]),
+        (["recipe=pretrain", "model.rope_theta=0"], ["model.rope_theta=0"]),
+        (["recipe=pretrain", "model.sliding_window=0"], ["model.sliding_window=0"]),
         (["recipe=prepare", f"output_dir={ROOT}/train.py/x"], [f"output_dir={ROOT}/train.py/x", "is a file"]),
         (["recipe=sft", "scale=mini", "data.files=/no/where.jsonl", "model.path=random"], ["tokenizer"]),
         (

@@ -79,7 +79,7 @@ def order_of_run(run: PretrainRun, prepared: Prepared) -> MixtureOrder:
 def repeated_too_often(epochs: dict[str, float], max_epochs: float) -> list[str]:
     """A line for every part that would be gone through more often than data.max_epochs allows."""
     return [
-        f"{name} would be gone through {times:.1f} times and data.max_epochs={max_epochs:g}: train shorter, lower its "
+        f"{name} would be gone through {times:.3g} times and data.max_epochs={max_epochs:g}: train shorter, lower its "
         "weight, add text, or raise data.max_epochs"
         for name, times in epochs.items()
         if times > max_epochs

@@ -197,8 +197,7 @@ def look_at_disk(view: View, shape: Shape, plan: "Plan | None") -> None:
     if isinstance(run, PretrainRun) and plan:
         from aquila_sft import intermediate
 
-        every = run.train.intermediate_steps
-        models = sum(intermediate.is_due(step, every, plan.steps) for step in range(1, plan.steps + 1))
+        models = intermediate.count(run.train.intermediate_steps, plan.steps)
     one, whole = estimate.disk(shape, run.lora if isinstance(run, SftRun) else None, kept or 1, models)
     free = view.free_disk
     count = f"{kept:,} checkpoint(s)" if kept else "all checkpoints"
