@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
-from aquila_sft import cli, schedule
+from aquila_sft import checkpoint, cli, schedule
 from aquila_sft.config import Schedule, ScheduleKind
 from aquila_sft.doctor import findings
 from aquila_sft.doctor.curve import Curve, Phase, plot
@@ -132,7 +132,9 @@ def here(tmp_path_factory):
     other = folder / "swapped/tokenizer/tokenizer.json"
     other.write_text(other.read_text("utf-8").replace('"<|extra_203|>"', '"<|extra_205|>"'), "utf-8")
     manifest = json.loads((folder / "swapped/MANIFEST.json").read_text("utf-8"))
-    manifest["files"]["tokenizer/tokenizer.json"]["size"] = other.stat().st_size
+    manifest["files"]["tokenizer/tokenizer.json"] = {"size": other.stat().st_size, "sha256": checkpoint.sha256(other)}
+    del manifest["manifest_sha256"]
+    manifest["manifest_sha256"] = checkpoint.digest(manifest)
     (folder / "swapped/MANIFEST.json").write_text(json.dumps(manifest))
     return folder
 

@@ -284,6 +284,8 @@ def prepared(tmp_path, documents) -> Path:
                 "files": [str(f.relative_to(aside)) for f in files],
             }
         }
+    (aside / "tokenizer").mkdir()
+    (aside / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "<|extra_204|>"}')
     about = {"parts": tables["train"], "held_back": tables["held-back"], "tokenizer_sha256": "f" * 64}
     checkpoint.commit(aside, final, **about)
     return final
@@ -313,9 +315,19 @@ def test_a_prepared_folder_that_is_not_whole_says_what_is_missing(prepared, tmp_
     with pytest.raises(UserError, match="00001.shard is missing"):
         Prepared(prepared)
     shard.write_bytes(content)
+    config = prepared / "tokenizer/tokenizer_config.json"
+    config.write_text(config.read_text().replace("204", "205"))
+    with pytest.raises(UserError, match="tokenizer_config.json is damaged"):
+        Prepared(prepared)
+    config.write_text(config.read_text().replace("205", "204"))
     manifest = prepared / "MANIFEST.json"
     about = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(about | {"tokenizer_sha256": "e" * 64}))
+    with pytest.raises(UserError, match="MANIFEST.json is damaged"):
+        Prepared(prepared)
+    del about["manifest_sha256"]
+    about["tokenizer_sha256"] = "e" * 64
+    manifest.write_text(json.dumps(about | {"manifest_sha256": checkpoint.digest(about)}))
     with pytest.raises(UserError, match="are not those of its MANIFEST"):
         Prepared(prepared)
     manifest.write_text("{}")

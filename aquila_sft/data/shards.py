@@ -264,7 +264,7 @@ class Part:
 class Prepared:
     """What recipe=prepare made: a folder of shards, the tokenizer they were made with, and a manifest.
 
-    Opening checks the sizes and headers of all shards; blocks are checked when they are read.
+    Opening checks the manifest, the tokenizer, and the sizes and headers of all shards; blocks are checked when read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -275,6 +275,8 @@ class Prepared:
         try:
             self.manifest: dict = json.loads(path.read_text("utf-8"))
             parts, held_back = self.manifest["parts"], self.manifest["held_back"]
+            if self.manifest.pop("manifest_sha256") != checkpoint.digest(self.manifest):
+                raise ValueError("other bytes than were written")
         except OSError:
             raise UserError(
                 f"data.shards={folder}: no {checkpoint.MANIFEST} there; give the final/ of a run of recipe=prepare"
@@ -287,6 +289,8 @@ class Prepared:
             file = folder / name
             if not file.is_file() or file.stat().st_size != expected["size"]:
                 raise UserError(f"{file} is missing, or has not the {expected['size']} bytes of {path}; {AGAIN}")
+            if file.parent == self.tokenizer_folder and checkpoint.sha256(file) != expected["sha256"]:
+                raise UserError(f"{file} is damaged; {AGAIN}")
         self.parts = {name: self.open(name, about) for name, about in parts.items()}
         self.held_back = {name: self.open(name, about) for name, about in held_back.items()}
 
