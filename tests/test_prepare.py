@@ -588,6 +588,15 @@ def test_a_finished_run_is_reused_and_a_damaged_one_made_again(tmp_path, tokeniz
     assert content(out / "final") == before
 
 
+def test_the_command_that_is_told_at_the_end_trains_on_the_shards(tmp_path, tokenizer_folder, capsys):
+    write_jsonl(tmp_path / "a.jsonl", rows(texts(200)))
+    prepared(tokenizer_folder, tmp_path / "out", tmp_path / "a.jsonl")
+    told = re.search(r"train.py recipe=pretrain (.*)", capsys.readouterr().out)[1].split()
+    train.main(["recipe=check", "of=pretrain", *told])
+    printed = capsys.readouterr().out
+    assert "text.zh: " in printed and not re.search(r"\[(input|setting)\]", printed), printed
+
+
 def test_input_that_was_hashed_is_not_read_for_it_again_until_it_looks_changed(tmp_path, monkeypatch):
     stage, read = importlib.import_module("aquila_sft.stages.prepare"), []
     monkeypatch.setattr(stage.checkpoint, "sha256", lambda file, own=checkpoint.sha256: read.append(file) or own(file))

@@ -308,10 +308,12 @@ def write_summary(cfg: PrepareRun, out: run_dir.RunDir, parts: dict, report: dic
 
 def closing(cfg: PrepareRun, out: run_dir.RunDir, state: str) -> None:
     summary = out.summary()
+    all_sources = " data.sources=null" if cfg.demo and cfg.data.files else ""  # mini's mixture is of the bundled world
     narration.closing(
         cfg,
         f"{out.final} {state}: {summary['documents']:,} documents, {summary['tokens']:,} tokens",
         what_next={
             "train on it": f"accelerate launch train.py recipe=pretrain scale={cfg.scale} data.shards={out.final}"
+            + all_sources
         },
     )
