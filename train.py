@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from aquila_sft import cli
-from aquila_sft.config import Run
+from aquila_sft.config.runs import Run
 from aquila_sft.door import load
 from aquila_sft.errors import DONE, STOPPED, USER_ERROR, Stopped, UserError, disk_fault
 

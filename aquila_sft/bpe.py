@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquila_sft.config import Bpe
+from aquila_sft.config.data import Bpe
 from aquila_sft.data.balance import KEPT_BYTES, Drawn, Shelf
 from aquila_sft.errors import UserError
 from aquila_sft.tokenizer import SPECIALS, byte_level_backend, pre_tokenizer

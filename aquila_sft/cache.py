@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aquila_sft import checkpoint, runtime
-from aquila_sft.config import SftRun
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data import quarantine, sft_set
 from aquila_sft.errors import USER_ERROR, UserError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from aquila_sft.config import PretrainRun, SftRun
+from aquila_sft.config.runs import PretrainRun, SftRun
 
 CHAT = "Chat format: ChatML; an answer ends with `<|im_end|>`."
 BASE = "A base model: it continues text and was not tuned to answer."

@@ -7,7 +7,7 @@ blanks, `=`, brackets and bare Chinese as syntax, a person means text.
 import re
 from pathlib import Path
 
-from aquila_sft.config import check_source
+from aquila_sft.config.data import check_source
 from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from aquila_sft import swap
-from aquila_sft.config import Attention, KernelChoice, Precision, Train
+from aquila_sft.config.model import Attention, KernelChoice, Precision, Train
 from aquila_sft.errors import UserError
 
 

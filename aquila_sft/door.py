@@ -8,7 +8,7 @@ import re
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from aquila_sft.config import SCHEMAS, Run
+from aquila_sft.config.runs import SCHEMAS, Run
 from aquila_sft.errors import UserError
 
 UNLIMITED = ("data.max_epochs", "optim.max_grad_norm")  # where inf means that there is no limit

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from aquila_sft import runtime
-from aquila_sft.config import PretrainTrain
+from aquila_sft.config.model import PretrainTrain
 from aquila_sft.data import text_rows
 from aquila_sft.data.rows import IGNORE, PackedRows
 from aquila_sft.data.text_rows import TextRows

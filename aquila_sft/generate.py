@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from aquila_sft import model as models
 from aquila_sft.chat_template import IM_END, IM_START, Message, encode_messages, stop_ids
-from aquila_sft.config import Generate
+from aquila_sft.config.model import Generate
 from aquila_sft.errors import UserError
 from aquila_sft.tokenizer import load_tokenizer
 

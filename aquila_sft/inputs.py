@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 
 from aquila_sft import hub, run_dir, runtime
-from aquila_sft.config import PretrainRun, SftRun, Tokenizer
+from aquila_sft.config.model import Tokenizer
+from aquila_sft.config.runs import PretrainRun, SftRun
 from aquila_sft.data import sources, world
 from aquila_sft.errors import UserError
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aquila_sft.chat_template import encode_messages
-from aquila_sft.config import Lora
+from aquila_sft.config.model import Lora
 from aquila_sft.door import nearest
 from aquila_sft.errors import UserError
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from aquila_sft import runtime
 from aquila_sft.chat_template import stop_ids
-from aquila_sft.config import Architecture, Model
+from aquila_sft.config.model import Architecture, Model
 from aquila_sft.errors import UserError
 from aquila_sft.tokenizer import save_tokenizer
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from aquila_sft import runtime
-from aquila_sft.config import Run
+from aquila_sft.config.runs import Run
 
 SCALES = {
     "mini": "scale=mini: a demonstration on the bundled world; for the real thing add scale=135m",

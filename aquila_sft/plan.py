@@ -3,7 +3,7 @@
 import math
 
 from aquila_sft import runtime
-from aquila_sft.config import Train
+from aquila_sft.config.model import Train
 from aquila_sft.device import micro_batch_rows
 from aquila_sft.errors import UserError
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import checkpoint, narration, run_dir, runtime
-from aquila_sft.config import ChatRun, EvalRun, KernelChoice, PrepareRun, PretrainRun, Run, SftRun
+from aquila_sft.config.model import KernelChoice
+from aquila_sft.config.runs import ChatRun, EvalRun, PrepareRun, PretrainRun, Run, SftRun
 from aquila_sft.errors import UserError
 
 NEEDS = {

@@ -25,7 +25,8 @@ from accelerate.state import AcceleratorState
 
 from aquila_sft import checkpoint, intermediate, runtime, schedule
 from aquila_sft import model as models
-from aquila_sft.config import Optim, Precision, PretrainRun
+from aquila_sft.config.model import Optim, Precision
+from aquila_sft.config.runs import PretrainRun
 from aquila_sft.data.consumed import Consumed
 from aquila_sft.data.loader import Loaded, Loader
 from aquila_sft.device import Choices, peak_memory_bytes

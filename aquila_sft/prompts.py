@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aquila_sft.chat_template import Message, render_runs
-from aquila_sft.config import ChatRun
+from aquila_sft.config.runs import ChatRun
 from aquila_sft.errors import UserError
 from aquila_sft.terminal import clean
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from aquila_sft.config import Model
+from aquila_sft.config.model import Model
 from aquila_sft.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -7,7 +7,7 @@
 
 import math
 
-from aquila_sft.config import Schedule, ScheduleKind
+from aquila_sft.config.model import Schedule, ScheduleKind
 
 
 def warmup_steps(schedule: Schedule, total_steps: int) -> int:

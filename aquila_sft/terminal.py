@@ -9,7 +9,7 @@ import re
 import sys
 
 from aquila_sft.chat_template import Message
-from aquila_sft.config import Generate
+from aquila_sft.config.model import Generate
 from aquila_sft.errors import UserError
 
 HELP = """\

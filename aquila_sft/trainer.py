@@ -34,7 +34,8 @@ from trl import SFTConfig, SFTTrainer
 
 from aquila_sft import checkpoint, runtime, schedule, swap
 from aquila_sft import model as models
-from aquila_sft.config import KernelChoice, Precision, SftRun
+from aquila_sft.config.model import KernelChoice, Precision
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import UserError

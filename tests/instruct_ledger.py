@@ -9,7 +9,7 @@ from pathlib import Path
 
 import train
 from aquila_sft import chat_template
-from aquila_sft.config import SftRun
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data import sft_set, sources
 from aquila_sft.data.chat_encoder import Encoder
 from aquila_sft.tokenizer import convert_tiktoken

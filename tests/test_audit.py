@@ -16,7 +16,7 @@ from tiny import tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 
 from aquila_sft import chat_template
 from aquila_sft.audit import embedding, report, rows, sample
-from aquila_sft.config import AUDIT_CODES, Audit
+from aquila_sft.config.model import AUDIT_CODES, Audit
 from aquila_sft.data import world
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.doctor.findings import ERROR, WARNING

@@ -15,7 +15,7 @@ import pytest
 from tiny import SENTENCES, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 
 from aquila_sft import bpe
-from aquila_sft.config import Bpe
+from aquila_sft.config.data import Bpe
 from aquila_sft.data import balance
 from aquila_sft.data.documents import Document
 from aquila_sft.errors import UserError

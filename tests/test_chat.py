@@ -19,7 +19,7 @@ from tiny import tiny_model, tiny_tokenizer
 import train
 from aquila_sft import runtime, terminal
 from aquila_sft.chat_template import chatml, encode_messages
-from aquila_sft.config import Generate
+from aquila_sft.config.model import Generate
 from aquila_sft.errors import UserError
 from aquila_sft.generate import Generator, default_system, fit_history
 

@@ -19,7 +19,7 @@ from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, writ
 from transformers import AutoTokenizer
 
 from aquila_sft import checkpoint, cli, schedule
-from aquila_sft.config import Schedule, ScheduleKind
+from aquila_sft.config.model import Schedule, ScheduleKind
 from aquila_sft.doctor import findings
 from aquila_sft.doctor.curve import Curve, Phase, plot
 from aquila_sft.tokenizer import save_tokenizer

@@ -12,7 +12,7 @@ from tiny import SENTENCES, tiny_conversations, tiny_tokenizer, write_jsonl
 from transformers import MistralConfig, MistralForCausalLM
 
 from aquila_sft import lora, swap
-from aquila_sft.config import Lora
+from aquila_sft.config.model import Lora
 from aquila_sft.doctor.estimate import Portion, Shape, disk, kept_in_layer, memory
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import torch
 from shard_files import write_part
 
 from aquila_sft import evaluate
-from aquila_sft.config import PretrainTrain
+from aquila_sft.config.model import PretrainTrain
 from aquila_sft.data.shards import Part
 from aquila_sft.data.text_rows import TextRows
 from aquila_sft.evaluate import in_the_loop

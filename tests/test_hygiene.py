@@ -6,7 +6,7 @@ import json
 import pytest
 
 import train
-from aquila_sft.config import ConversationPolicy, Detector, Fault
+from aquila_sft.config.data import ConversationPolicy, Detector, Fault
 from aquila_sft.data import conversations, hygiene
 from aquila_sft.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from shard_files import write_part
 
 from aquila_sft import runtime
-from aquila_sft.config import PretrainTrain
+from aquila_sft.config.model import PretrainTrain
 from aquila_sft.data import loader as loaders
 from aquila_sft.data.consumed import Consumed, recount
 from aquila_sft.data.loader import Loader

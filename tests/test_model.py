@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aquila_sft import chat_template, lora, model
-from aquila_sft.config import Architecture, Lora, Model
+from aquila_sft.config.model import Architecture, Lora, Model
 from aquila_sft.errors import UserError
 
 AQUILA = dict(

@@ -24,7 +24,7 @@ from tiny import SENTENCES, SPECIALS, tiny_ranks, tiny_tokenizer, write_jsonl, w
 
 import train
 from aquila_sft import checkpoint, hub, snapshot
-from aquila_sft.config import CleanPolicy
+from aquila_sft.config.data import CleanPolicy
 from aquila_sft.data import clean, conversations, decontaminate, documents, shards, slices, steps, text_set
 from aquila_sft.data.documents import Document
 from aquila_sft.data.shards import Prepared

@@ -94,7 +94,7 @@ def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
 def test_every_setting_that_the_readme_names_exists():
     """`group.key=` anywhere in the README is a setting of some recipe."""
     sys.path.insert(0, str(ROOT))
-    from aquila_sft.config import SCHEMAS
+    from aquila_sft.config.runs import SCHEMAS
     from aquila_sft.door import setting_names
 
     known = {name for schema in SCHEMAS.values() for name in setting_names(schema)}

@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 
 import train
 from aquila_sft import chat_template
-from aquila_sft.config import DamagedBlocks
+from aquila_sft.config.data import DamagedBlocks
 from aquila_sft.data import hygiene, quarantine, sft_set, sources
 
 pytestmark = pytest.mark.real_data

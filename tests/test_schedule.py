@@ -2,7 +2,7 @@
 
 import pytest
 
-from aquila_sft.config import Schedule, ScheduleKind
+from aquila_sft.config.model import Schedule, ScheduleKind
 from aquila_sft.schedule import multiplier, remarks
 
 

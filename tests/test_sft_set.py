@@ -16,7 +16,7 @@ from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 import train
 from aquila_sft import cache, chat_template
-from aquila_sft.config import DamagedBlocks, Executor, Workers
+from aquila_sft.config.data import DamagedBlocks, Executor, Workers
 from aquila_sft.data import quarantine, sft_set, slices, sources, tasks
 from aquila_sft.data.chat_encoder import Encoder
 from aquila_sft.data.rows import PackedRows

@@ -45,7 +45,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from aquila_sft import device, settle, swap
-from aquila_sft.config import Attention, Precision
+from aquila_sft.config.model import Attention, Precision
 from aquila_sft.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]

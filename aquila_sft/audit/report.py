@@ -15,7 +15,7 @@ import numpy as np
 from aquila_sft import runtime
 from aquila_sft.audit import embedding, rows, sample, template
 from aquila_sft.chat_template import IM_END, IM_START, encode_messages
-from aquila_sft.config import SftRun
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data import sft_set
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.doctor.findings import ERROR, WARNING, Finding, error, warning

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from aquila_sft.config import CleanPolicy
+from aquila_sft.config.data import CleanPolicy
 from aquila_sft.data import chat_documents
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffe\uffff]")

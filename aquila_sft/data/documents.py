@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquila_sft.config import TextData
+from aquila_sft.config.data import TextData
 from aquila_sft.data import chat_documents, conversations, sources
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.errors import UserError

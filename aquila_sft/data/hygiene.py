@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable
 
-from aquila_sft.config import ConversationPolicy, Detector, Fault
+from aquila_sft.config.data import ConversationPolicy, Detector, Fault
 from aquila_sft.data import conversations
 from aquila_sft.data.conversations import CALL, RESULT, Refused, in_order, until_last_answer
 

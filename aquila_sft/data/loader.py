@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from aquila_sft import runtime
-from aquila_sft.config import DamagedBlocks, PretrainRun
+from aquila_sft.config.data import DamagedBlocks
+from aquila_sft.config.runs import PretrainRun
 from aquila_sft.data import mixture, text_rows
 from aquila_sft.data.consumed import Consumed
 from aquila_sft.data.mixture import MixtureOrder

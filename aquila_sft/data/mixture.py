@@ -13,7 +13,7 @@ import hashlib
 
 import numpy as np
 
-from aquila_sft.config import PretrainRun
+from aquila_sft.config.runs import PretrainRun
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import UserError
 

@@ -19,7 +19,8 @@ import shutil
 from pathlib import Path
 
 from aquila_sft import checkpoint, runtime
-from aquila_sft.config import Executor, SftRun, Workers
+from aquila_sft.config.data import Executor, Workers
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data import decontaminate, slices
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.sft_steps import Encoder, RowPolicy, Work

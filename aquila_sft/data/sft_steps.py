@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aquila_sft.config import ConversationPolicy, DamagedBlocks, Detector, Fault
+from aquila_sft.config.data import ConversationPolicy, DamagedBlocks, Detector, Fault
 from aquila_sft.data import conversations, duplicates, packing, quarantine, sources
 from aquila_sft.data.conversations import CALL, RESULT, Conversation
 from aquila_sft.data.hygiene import Messages, Verdict, judge, said_by

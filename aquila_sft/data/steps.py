@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aquila_sft.config import PreparePolicy
+from aquila_sft.config.data import PreparePolicy
 from aquila_sft.data import clean, conversations, duplicates, text_set
 from aquila_sft.data.documents import Document, DocumentLedger
 from aquila_sft.data.index_step import INDEX, index_of

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from aquila_sft.chat_template import IM_END, IM_START
-from aquila_sft.config import PreparePolicy
+from aquila_sft.config.data import PreparePolicy
 from aquila_sft.data import chat_documents
 from aquila_sft.data.documents import Document
 from aquila_sft.data.shards import ShardWriter, token_dtype

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from aquila_sft import runtime
-from aquila_sft.config import Workers
+from aquila_sft.config.data import Workers
 from aquila_sft.data.tasks import Step, Work
 from aquila_sft.errors import Stopped, UserError
 

@@ -13,7 +13,7 @@ F intermediate size, V vocabulary, r rank of an adapter. Sizes are in numbers of
 import dataclasses
 import os
 
-from aquila_sft.config import Lora, Model
+from aquila_sft.config.model import Lora, Model
 
 # The loss in plain torch (aquila_kernels/linear_cross_entropy_torch.py) and in Triton: memory for logits at once.
 LOGITS_BYTES = {"cpu": 320 * 2**20, "cuda": 2 * 2**30, "mps": 2**30}

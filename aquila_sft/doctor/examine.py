@@ -17,7 +17,8 @@ import numpy as np
 import safetensors
 
 from aquila_sft import checkpoint, hub, prerequisites, run_dir, snapshot
-from aquila_sft.config import PretrainRun, Run, SftRun, TextData
+from aquila_sft.config.data import TextData
+from aquila_sft.config.runs import PretrainRun, Run, SftRun
 from aquila_sft.data import documents, sft_set, sources
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.data.rows import PackedRows

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from aquila_sft.config import Lora, Model, Optim, Schedule, ScheduleKind, Train
+from aquila_sft.config.model import Lora, Model, Optim, Schedule, ScheduleKind, Train
 from aquila_sft.data.mixture import repeated_too_often
 from aquila_sft.doctor.curve import Curve
 from aquila_sft.doctor.estimate import Shape

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from aquila_sft import schedule
-from aquila_sft.config import PretrainRun
+from aquila_sft.config.runs import PretrainRun
 from aquila_sft.data import mixture
 from aquila_sft.data.shards import Prepared
 from aquila_sft.doctor import examine, findings

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from aquila_sft import bpe
-from aquila_sft.config import PrepareRun, TokenizerRun
+from aquila_sft.config.runs import PrepareRun, TokenizerRun
 from aquila_sft.data import decontaminate
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.doctor import examine

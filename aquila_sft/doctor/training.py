@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aquila_sft import bpe, runtime, schedule
-from aquila_sft.config import Machine, Precision, PretrainRun, SftRun
+from aquila_sft.config.model import Machine, Precision
+from aquila_sft.config.runs import PretrainRun, SftRun
 from aquila_sft.data.mixture import MixtureOrder
 from aquila_sft.doctor import curve, estimate, examine, findings
 from aquila_sft.doctor.curve import Curve, Phase

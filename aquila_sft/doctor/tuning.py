@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from aquila_sft.audit import report
-from aquila_sft.config import SftRun
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.doctor import examine, findings
 from aquila_sft.doctor.examine import Absent

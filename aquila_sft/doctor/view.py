@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from aquila_sft import prerequisites, runtime
-from aquila_sft.config import CheckRun, Run
+from aquila_sft.config.runs import CheckRun, Run
 from aquila_sft.doctor import examine
 from aquila_sft.doctor.examine import Absent
 from aquila_sft.doctor.findings import Finding, error, warning

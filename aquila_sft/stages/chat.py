@@ -17,7 +17,8 @@ from pathlib import Path
 
 from aquila_sft import prerequisites, runtime
 from aquila_sft.chat_template import Message
-from aquila_sft.config import ChatRun, Generate
+from aquila_sft.config.model import Generate
+from aquila_sft.config.runs import ChatRun
 from aquila_sft.errors import Stopped, UserError
 from aquila_sft.prompts import Asked, read_asked
 from aquila_sft.saved_model import find_model, is_local

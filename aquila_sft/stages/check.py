@@ -6,7 +6,7 @@ settings -> what the recipes before made -> data -> steps and learning rate -> m
 from collections.abc import Callable
 
 from aquila_sft import narration, runtime
-from aquila_sft.config import CheckRun
+from aquila_sft.config.runs import CheckRun
 from aquila_sft.doctor import pretraining, text, tuning
 from aquila_sft.doctor.findings import ERROR, Finding
 from aquila_sft.doctor.view import View

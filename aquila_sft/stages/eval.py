@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aquila_sft import narration, prerequisites, run_dir, runtime
-from aquila_sft.config import EvalRun, Model, Run
+from aquila_sft.config.model import Model
+from aquila_sft.config.runs import EvalRun, Run
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import benchmarks
 from aquila_sft.evaluation import items as read_items

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
-from aquila_sft.config import Executor, PrepareData, PrepareRun
+from aquila_sft.config.data import Executor, PrepareData
+from aquila_sft.config.runs import PrepareRun
 from aquila_sft.data import documents
 from aquila_sft.data.index_step import index_of
 from aquila_sft.data.ledger import why_left_out

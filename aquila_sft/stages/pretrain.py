@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import Attention, DamagedBlocks, KernelChoice, Precision, PretrainRun
+from aquila_sft.config.data import DamagedBlocks
+from aquila_sft.config.model import Attention, KernelChoice, Precision
+from aquila_sft.config.runs import PretrainRun
 from aquila_sft.data.shards import Part, Prepared
 from aquila_sft.errors import UserError
 from aquila_sft.inputs import BASE_FILES, same_vocabulary

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from aquila_sft import cache, checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.card import model_card
-from aquila_sft.config import Attention, Precision, SftRun
+from aquila_sft.config.model import Attention, Precision
+from aquila_sft.config.runs import SftRun
 from aquila_sft.data import sft_set
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.rows import PackedRows

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aquila_sft import checkpoint, narration, run_dir, runtime
-from aquila_sft.config import TokenizerRun, shown
+from aquila_sft.config.runs import TokenizerRun, shown
 from aquila_sft.data import documents
 from aquila_sft.data.ledger import Ledger, why_left_out
 from aquila_sft.errors import UserError

@@ -1,0 +1,15 @@
+"""Limits of numbers, as one line of error."""
+
+from aquila_sft.errors import UserError
+
+
+def at_least(group: str, values: object, low: float, *names: str) -> None:
+    for name in names:
+        if getattr(values, name) < low:
+            raise UserError(f"{group}.{name}={getattr(values, name)} must be at least {low}")
+
+
+def within(group: str, values: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(values, name) <= high:
+            raise UserError(f"{group}.{name}={getattr(values, name)} is outside {low} … {high}")
