@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,3 +192,20 @@ def test_a_source_repeated_too_often_is_refused(make):
     make().check_epochs(max_epochs=6)
     with pytest.raises(UserError, match=r"would be gone through .* times and data.max_epochs=2: train shorter"):
         make().check_epochs(max_epochs=2)
+
+
+def test_the_ledger_s_hash_sees_place_part_row_ids_and_targets():
+    def hashed(place=3, part=0, name="a.en", row=5, ids=(1, 2), targets=(2, -100)):
+        counted = Consumed.nothing(2)
+        rows = SimpleNamespace(part=SimpleNamespace(name=name), damaged=())
+        counted.note(place, part, rows, row, np.array(ids), np.array(targets))
+        return counted.hash
+
+    others = [
+        hashed(place=4),
+        hashed(part=1, name="b.en"),
+        hashed(row=6),
+        hashed(ids=(1, 3)),
+        hashed(targets=(1, -100)),
+    ]
+    assert hashed() == hashed() and len({hashed(), *others}) == 6
