@@ -112,6 +112,32 @@ def test_datatrove_makes_the_same_bytes(tmp_path, tokenizer, defaults):
     assert made[Executor.processes] == made[Executor.datatrove]
 
 
+def test_what_a_run_with_other_slices_had_half_deleted_is_not_taken_up_again(tmp_path, encode, defaults, monkeypatch):
+    files, real, folder, kills = messy(tmp_path), shutil.rmtree, tmp_path / "set", ["deleting", "before the rows"]
+    sft_set.prepare(files, tmp_path / "unbroken", encode, policy(defaults), {}, workers(1, 0.01))
+
+    def rmtree(path, *given, **named):
+        if kills and Path(path) == sft_set.aside_of(folder) and Path(path).is_dir():
+            for file in [*Path(path).glob("*/*/*")][::2]:
+                file.unlink()
+            raise KeyboardInterrupt(kills.pop())
+        real(path, *given, **named)
+
+    def rename(source, target, own=os.rename):
+        if len(kills) == 2 and Path(target).parent.name == "rows":
+            raise KeyboardInterrupt(kills.pop())
+        own(source, target)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(os, "rename", rename)
+    for slice_mb in (0.01, 0.005):
+        with pytest.raises(KeyboardInterrupt):
+            sft_set.prepare(files, folder, encode, policy(defaults), {}, workers(1, slice_mb))
+    assert not kills
+    sft_set.prepare(files, folder, encode, policy(defaults), {}, workers(1, 0.01))
+    assert content(folder) == content(tmp_path / "unbroken")
+
+
 def test_killed_before_any_step_is_visible_the_same_command_ends_with_the_same_bytes(
     tmp_path, encode, defaults, monkeypatch
 ):

@@ -21,7 +21,7 @@ from pathlib import Path
 from aquila_sft import checkpoint, runtime
 from aquila_sft.config.data import Executor, Workers
 from aquila_sft.config.runs import SftRun
-from aquila_sft.data import decontaminate, slices
+from aquila_sft.data import decontaminate, slices, sources
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.sft_steps import Encoder, RowPolicy, Work
 from aquila_sft.errors import Stopped, UserError
@@ -92,7 +92,7 @@ def prepare(
         cut = (whole(files),)
     about = {"key": key, "slices": [str(part) for part in cut]}
     if is_little or read_json(aside / "about.json") != about:  # what another key, or other slices, left half done
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         check_disk(files, folder.parent)
     with checkpoint.room(folder.parent):
         checkpoint.make_folder(aside)
@@ -107,8 +107,16 @@ def prepare(
         (made / PREPARED).write_text(json.dumps({"key": key, "files": [str(file) for file in files]}))
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint.commit(made, folder)
-        shutil.rmtree(aside)
+        discard(aside)
     return ledger
+
+
+def discard(aside: Path) -> None:
+    """First what says whose it is: half of it is then nobody's, and not taken up again."""
+    if aside.is_dir():
+        (aside / "about.json").unlink(missing_ok=True)
+        checkpoint.sync(aside)
+        shutil.rmtree(aside)
 
 
 def whole(files: list[Path]) -> slices.Slice:
@@ -170,10 +178,7 @@ def check_disk(files: list[Path], parent: Path) -> None:
 def text_bytes(file: Path) -> int:
     """About, as it is in memory."""
     if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        with contextlib.suppress(pyarrow.ArrowInvalid):  # which is told when it is read
-            about = pyarrow.parquet.ParquetFile(file).metadata
+        with contextlib.suppress(sources.Unreadable):  # which is told when it is read
+            about = sources.parquet_file(file).metadata
             return sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
     return file.stat().st_size * (COMPRESSED if file.suffix in (".gz", ".zst", ".parquet") else 1)
