@@ -108,7 +108,7 @@ def in_the_loop(train: PretrainTrain, eval_tokens: int, total_steps: int) -> tup
     every = train.eval_steps
     if every is None:
         least = eval_tokens / (3 * train.tokens_per_step * train.eval_share) if train.eval_share else math.inf
-        every = math.ceil(least / train.save_steps) * train.save_steps if least <= total_steps else total_steps
+        every = aligned(least, train.save_steps, train.intermediate_steps) if least <= total_steps else total_steps
     if every >= total_steps:
         return None, "evaluation before the first and after the last step"
     share = eval_tokens / (3 * every * train.tokens_per_step)
@@ -117,6 +117,16 @@ def in_the_loop(train: PretrainTrain, eval_tokens: int, total_steps: int) -> tup
         told += f": more than train.eval_share={train.eval_share:g}; fewer (train.eval_steps=null) or shorter ones "
         told += "(data.eval_bytes=) cost less"
     return every, told
+
+
+def aligned(least: float, save_steps: int, intermediate_steps: int | None) -> int:
+    """The smallest multiple of save_steps, at least `least`, that divides intermediate_steps or is a multiple of it."""
+    fewest = math.ceil(least / save_steps)
+    kept, rest = divmod(intermediate_steps or 0, save_steps)  # in checkpoints
+    if not kept or rest:
+        return fewest * save_steps
+    divisors = (n for n in range(fewest, kept) if kept % n == 0)
+    return next(divisors, math.ceil(fewest / kept) * kept) * save_steps
 
 
 def shared(count: int, at_once: int) -> Iterable[list[int]]:

@@ -19,7 +19,8 @@ from aquila_sft.log import MetricsFile
 
 
 def train(**settings) -> PretrainTrain:
-    return PretrainTrain(**{"tokens_per_step": 1000, "save_steps": 50, "eval_share": 0.01} | settings)
+    common = {"tokens_per_step": 1000, "save_steps": 50, "intermediate_steps": None, "eval_share": 0.01}
+    return PretrainTrain(**common | settings)
 
 
 def test_evaluations_fall_on_checkpoints_as_often_as_one_percent_of_the_compute_allows():
@@ -27,6 +28,20 @@ def test_evaluations_fall_on_checkpoints_as_often_as_one_percent_of_the_compute_
     assert in_the_loop(train(), 4_000, 10_000) == (150, "evaluation every 150 steps, 0.89% of the compute")
     assert in_the_loop(train(), 1_500, 10_000) == (50, "evaluation every 50 steps, 1.00% of the compute")
     assert in_the_loop(train(eval_share=0.1), 4_000, 10_000)[0] == 50
+
+
+@pytest.mark.parametrize(
+    ("kept", "every"),
+    [
+        (None, 150),  # what the budget allows
+        (400, 200),  # half as often as checkpoints come in fours, and so at every model that is kept
+        (150, 150),
+        (100, 200),  # at every second one
+        (120, 150),  # no checkpoint falls on most of them
+    ],
+)
+def test_evaluations_fall_on_models_that_are_kept(kept, every):
+    assert in_the_loop(train(intermediate_steps=kept), 4_000, 10_000)[0] == every
 
 
 def test_a_run_too_short_for_one_is_evaluated_before_and_after():
