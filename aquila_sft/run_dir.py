@@ -337,7 +337,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:  # no JSON, no UTF-8
-        raise UserError(f"{path} is damaged ({error}); remove it, or choose another run_name=") from None
+        raise UserError(f"{path} is damaged ({error}); bring back a copy of it, or choose another run_name=") from None
 
 
 def write_json(path: Path, content: Any) -> None:
