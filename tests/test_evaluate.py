@@ -121,3 +121,18 @@ def test_a_model_is_evaluated_without_dropout_and_gets_back_the_mode_that_it_had
     found = evaluate.nats(model, [{"targets": targets}, {"targets": targets}], 7, contextlib.nullcontext)
     assert modes == [False, False] and model.training is was_training
     assert found == (6, 6, 4, 4)  # nats and targets; the same without those of the end
+
+
+def test_bits_per_byte_of_answers_are_bits_of_their_words_over_their_bytes():
+    class Rows:
+        bytes = np.array([10, 6])
+
+        def __len__(self):
+            return 1
+
+        def batch(self, rows, length, pad_id):
+            return {"labels": torch.tensor([[-100, 1, 2, 7]])}  # two words and the end of the turn, a nat each
+
+    settings = dict(length=4, rows_at_once=1, pad_id=0, turn_end_id=7, autocast=contextlib.nullcontext)
+    figures = evaluate.answers(OneNat(1, 1), {"en": Rows()}, **settings)["en"]
+    assert figures == {"loss": 1, "answer_bytes": 16, "bits_per_byte": pytest.approx(2 / math.log(2) / 16)}

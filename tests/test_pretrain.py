@@ -546,13 +546,13 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(unbroken
 
 
 @pytest.mark.slow
-def test_portioning_a_step_does_not_change_it(unbroken, shards, tmp_path):
-    whole, _ = unbroken
-    done = run(*words(shards, tmp_path / "run", "train.micro_batch_rows=8"))
-    small = run(*words(shards, tmp_path / "small", "train.micro_batch_rows=1"))
+def test_portioning_a_step_does_not_change_it(shards, tmp_path):
+    done = run(*words(shards, tmp_path / "run", "train.micro_batch_rows=8", "train.precision=fp32"))
+    small = run(*words(shards, tmp_path / "small", "train.micro_batch_rows=1", "train.precision=fp32"))
     assert done.returncode == small.returncode == 0, done.stderr + small.stderr
-    losses = [[m["loss"] for m in metrics(tmp_path / f) if "loss" in m] for f in ("run", "small")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for figure in ("loss", "grad_norm"):  # rows have unlike numbers of targets: a mean of means would show here
+        one, eight = ([m[figure] for m in metrics(tmp_path / f) if "loss" in m] for f in ("run", "small"))
+        assert one == pytest.approx(eight, rel=1e-4), figure
 
 
 def test_an_anneal_begins_at_any_checkpoint_with_its_moments_and_lets_the_rate_fall(unbroken, shards, tmp_path):
