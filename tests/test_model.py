@@ -222,3 +222,12 @@ def test_a_saved_model_loads_in_transformers_4_57(base, tmp_path, tokenizer):
     ids, total = done.stdout.strip().rsplit(" ", 1)
     assert ids == str(tokenizer("你好 hello")["input_ids"])
     assert float(total) == pytest.approx(net(torch.tensor([[5, 6, 7]])).logits.double().sum().item(), rel=1e-5)
+
+
+def test_begin_and_end_of_a_published_configuration_are_the_vocabulary_s_afterwards(tmp_path, capsys):
+    tokenizer = tiny_tokenizer(tmp_path / "tok")
+    net = tiny_model(tmp_path / "base", tokenizer)
+    net.config.bos_token_id, net.config.eos_token_id = 1, 2
+    model.fit_to_tokenizer(net, tokenizer)
+    assert (net.config.bos_token_id, net.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert capsys.readouterr().out.count("corrected") == 2
