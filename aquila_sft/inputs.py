@@ -118,12 +118,7 @@ def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
     if tokenizer.chat_template and tokenizer.chat_template != template:
         runtime.say(f"  the tokenizer's own chat template is replaced: ChatML, system line {cfg.tokenizer.system!r}")
     tokenizer.chat_template = template
-    if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
-        if cfg.lora:
-            raise UserError(
-                "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
-                "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>"
-            )
+    if added := add_chat_tokens(cfg, tokenizer):
         runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
     chat_template.turn_end_id(tokenizer)  # raises when they are missing
     if give_padding(tokenizer):
@@ -131,6 +126,19 @@ def load_tokenizer(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir):
             f"  the tokenizer has no padding token: {tokenizer.pad_token} is used; labels go by position, not by id"
         )
     return tokenizer
+
+
+def add_chat_tokens(run: SftRun, tokenizer) -> int:
+    """How many were missing and are added, where the run asks for it. Raises UserError with LoRA."""
+    from aquila_sft import chat_template
+
+    added = chat_template.add_chat_tokens(tokenizer) if run.tokenizer.add_chat_tokens else 0
+    if added and run.lora:
+        raise UserError(
+            "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be "
+            "trained; tune full weights (recipe=sft), or a base that knows <|im_start|> and <|im_end|>"
+        )
+    return added
 
 
 def give_padding(tokenizer) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aquila_sft.chat_template import encode_batch, special_ids
+from aquila_sft.chat_template import IM_END, encode_batch, special_ids
 from aquila_sft.data import sft_set, sft_steps
 from aquila_sft.data.ledger import Ledger
 from aquila_sft.data.rows import IGNORE, PackedRows
@@ -116,7 +116,7 @@ def supervised(rows: PackedRows, item: int, tokenizer) -> list[str]:
     a, b = int(rows.offsets[item]), int(rows.offsets[item + 1])
     ids, edges = np.asarray(rows.tokens[a:b]), np.diff(np.concatenate([[0], rows.targets[a:b], [0]]).astype(np.int8))
     return [
-        decoded(tokenizer, ids[first : last - 1]) + decoded(tokenizer, ids[last - 1 : last]).removesuffix("<|im_end|>")
+        decoded(tokenizer, ids[first : last - 1]) + decoded(tokenizer, ids[last - 1 : last]).removesuffix(IM_END)
         for first, last in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True)
     ]
 

@@ -64,11 +64,7 @@ def chat_tokenizer(run: SftRun, base: Path | None):
     else:
         raise Absent("the base's tokenizer")
     tokenizer.chat_template = chat_template.chatml(run.tokenizer.system)
-    if run.tokenizer.add_chat_tokens and chat_template.add_chat_tokens(tokenizer) and run.lora:
-        raise UserError(
-            "tokenizer.add_chat_tokens=true with LoRA: the embedding of the added tokens would never be trained; "
-            "use recipe=sft, or a base that knows <|im_start|> and <|im_end|>"
-        )
+    inputs.add_chat_tokens(run, tokenizer)
     chat_template.turn_end_id(tokenizer)
     inputs.give_padding(tokenizer)
     return tokenizer

@@ -20,7 +20,7 @@ from aquila_sft.data.index_step import index_of
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
-from aquila_sft.inputs import named_vocabulary
+from aquila_sft.inputs import give_padding, named_vocabulary
 
 INPUT = "input.json"  # hashes of the input's files
 VOCABULARY_FILES = ("tokenizer*.json", "special_tokens_map.json", "qwen.tiktoken")
@@ -259,14 +259,12 @@ def load_tokenizer(cfg: PrepareRun, vocabulary: Path, out: run_dir.RunDir):
     tokenizer.chat_template = chat_template.chatml(cfg.tokenizer.system)
     if cfg.tokenizer.add_chat_tokens and (added := chat_template.add_chat_tokens(tokenizer)):
         runtime.say(f"  {added} chat tokens added to the vocabulary: {len(tokenizer):,} entries")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    give_padding(tokenizer)
     return tokenizer
 
 
 def about(cfg: PrepareRun, files: dict[str, list[Path]], work) -> dict:
     """What the ledger says beside its counts: the input, and which benchmarks were looked for."""
-
     index = index_of(work)
     read = {s: [{"file": str(f), "bytes": f.stat().st_size} for f in paths] for s, paths in files.items()}
     return {
