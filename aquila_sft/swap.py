@@ -126,21 +126,30 @@ def install_norms(base: torch.nn.Module, stock: type, ours: type) -> int:
 def install_loss(base: torch.nn.Module, kernel: str) -> None:
     """After this, model(input_ids=…, position_ids=…, targets=…) returns `loss`: the sum of -log p over targets.
 
-    targets int64 [B, T]: what each position has to predict (labels shifted left), -100 where nothing. With
-    per_token=True, `loss` is fp32 [B, T], 0 where ignored, without gradients. Without targets the forward is the
-    class's own, so generation is unchanged. A PEFT or DDP wrapper around the model passes the arguments through.
+    targets int64 [B, T]: what each position has to predict (labels shifted left), -100 where nothing. token_weights
+    fp32 [B, T]: what each target's -log p is multiplied by. With per_token=True, `loss` is fp32 [B, T], 0 where
+    ignored, without gradients. Without targets the forward is the class's own, so generation is unchanged. A PEFT or
+    DDP wrapper around the model passes the arguments through.
     """
     own_forward = type(base).forward
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
-    def forward(self, *args, targets: Tensor | None = None, per_token: bool = False, **kwargs):
+    def forward(
+        self,
+        *args,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        per_token: bool = False,
+        **kwargs,
+    ):
         if targets is None:
             return own_forward(self, *args, **kwargs)
         refuse_arguments(targets, *args, **kwargs)
         given = (decode(self, **kwargs), head_weight(self), targets.flatten())
         if per_token:
             return CausalLMOutput(loss=-linear_log_probs(*given, kernel=kernel).view_as(targets))
-        return CausalLMOutput(loss=linear_cross_entropy(*given, reduction="sum", kernel=kernel))
+        weights = None if token_weights is None else token_weights.flatten()
+        return CausalLMOutput(loss=linear_cross_entropy(*given, reduction="sum", token_weights=weights, kernel=kernel))
 
     base.forward = types.MethodType(forward, base)
     base.swapped = Swapped()
@@ -201,6 +210,11 @@ def decode(base, *, input_ids=None, attention_mask=None, position_ids=None, inpu
 
 def targets_of(labels: Tensor) -> Tensor:
     """What position t predicts: the label at t + 1; the last position of a row predicts nothing. int64 [B, T]."""
-    targets = torch.full_like(labels, IGNORE)
-    targets[:, :-1] = labels[:, 1:]
-    return targets
+    return shifted(labels, IGNORE)
+
+
+def shifted(of_labels: Tensor, last: float) -> Tensor:
+    """What belongs to the label at t + 1 stands at t, where that label is the target; [B, T]."""
+    moved = torch.full_like(of_labels, last)
+    moved[:, :-1] = of_labels[:, 1:]
+    return moved

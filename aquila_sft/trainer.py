@@ -1,7 +1,8 @@
 """TRL's SFTTrainer with our rows, our loss, our checkpoints, our log; everything we hand it is in `arguments`.
 
 What is overridden, and why:
-    compute_loss      one loss definition: sum over supervised tokens / their count over micro-batches and processes
+    compute_loss      one loss definition: weighted sum over supervised tokens / their weights, both of the whole step
+    _get_num_items_in_batch   counts those weights
     create_scheduler  schedule.py: a first step that moves, a last one that is not wasted
     evaluate          by language (evaluate.py)
     _get_grad_norm    kept for the guard, which leaves out an update that is no number (guard.py)
@@ -36,7 +37,8 @@ from aquila_sft import checkpoint, runtime, schedule, swap
 from aquila_sft import model as models
 from aquila_sft.config.model import KernelChoice, Precision
 from aquila_sft.config.runs import SftRun
-from aquila_sft.data.rows import PackedRows, RowOrder
+from aquila_sft.data.rows import RowOrder
+from aquila_sft.data.text_share import MixedRows
 from aquila_sft.device import Choices, peak_memory_bytes
 from aquila_sft.errors import UserError
 from aquila_sft.guard import Guard
@@ -108,7 +110,7 @@ class SftTrainer(SFTTrainer):
         *,
         model: torch.nn.Module,
         tokenizer: object,
-        rows: PackedRows,
+        rows: MixedRows,
         plan: Plan,
         choices: Choices,
         folder: Path,
@@ -119,15 +121,13 @@ class SftTrainer(SFTTrainer):
         self.cfg, self.plan, self.metrics, self.evaluation = cfg, plan, metrics, evaluation
         self.checkpoints = folder / "checkpoints"
         self.saver = Saver(self.checkpoints, cfg.train.keep_checkpoints)
-        order = RowOrder(len(rows), cfg.seed, plan.end)
+        order = RowOrder(len(rows.conversations), cfg.seed, plan.end, rows.text_rows)
         super().__init__(
             model=model,
             args=arguments(cfg, plan, choices, self.checkpoints),
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"place": np.arange(plan.places)}),
-            data_collator=partial(
-                collate, rows=rows, order=order, length=cfg.train.max_length, pad_id=tokenizer.pad_token_id
-            ),
+            data_collator=partial(collate, rows=rows, order=order, pad_id=tokenizer.pad_token_id),
         )
         if self.args.world_size != runtime.world_size():
             raise UserError(
@@ -141,8 +141,15 @@ class SftTrainer(SFTTrainer):
         swap.install(self.model, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.narrator = Narrator(self, order, rows.row_tokens(), stop)
+        self.narrator = Narrator(self, order, rows, stop)
         self.add_callback(self.narrator)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
+        """Targets of the whole step, all processes and micro-batches; with train.loss_per their weights."""
+        if not batch_samples or "weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = torch.stack([batch["weights"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(total)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of -log p over this micro-batch's targets / targets of the whole step, all processes and micro-batches.
@@ -152,12 +159,15 @@ class SftTrainer(SFTTrainer):
         """
         if num_items_in_batch is None or return_outputs:
             raise RuntimeError("the Trainer did not count this step's supervised tokens; its interface has changed")
+        weights = inputs.get("weights")
         loss_sum = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             targets=swap.targets_of(inputs["labels"]),
+            token_weights=None if weights is None else swap.shifted(weights, 0.0),
         ).loss
-        return loss_sum / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+        items = torch.as_tensor(num_items_in_batch)
+        return loss_sum / torch.where(items > 0, items, 1) * self.accelerator.num_processes
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -241,17 +251,16 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-def collate(places: list[dict], *, rows: PackedRows, order: RowOrder, length: int, pad_id: int) -> dict:
-    return rows.batch([order(p["place"]) for p in places], length, pad_id)
+def collate(places: list[dict], *, rows: MixedRows, order: RowOrder, pad_id: int) -> dict:
+    return rows.batch([order(p["place"]) for p in places], pad_id)
 
 
 class Narrator(TrainerCallback):
     """Counts tokens on the host, keeps the bar and metrics.jsonl, asks for evaluations, and hears the stop signal."""
 
-    def __init__(self, trainer: SftTrainer, order: RowOrder, row_tokens: np.ndarray, stop: runtime.StopSignal) -> None:
-        self.trainer, self.stop = trainer, stop
-        self.order = RowOrder(order.num_rows, order.seed, order.end)  # its own: the loader's runs ahead
-        self.row_tokens = row_tokens
+    def __init__(self, trainer: SftTrainer, order: RowOrder, rows: MixedRows, stop: runtime.StopSignal) -> None:
+        self.trainer, self.rows, self.stop = trainer, rows, stop
+        self.order = copy.copy(order)  # its own: the loader's runs ahead
         self.tokens = self.counted_steps = 0
         self.bar: Bar | None = None
 
@@ -259,8 +268,7 @@ class Narrator(TrainerCallback):
         """Tokens trained on in the first `step` steps, padding not counted."""
         per_step = self.trainer.plan.rows_per_step
         for place in range(self.counted_steps * per_step, step * per_step):
-            row = self.order(place)
-            self.tokens += int(self.row_tokens[row]) if row >= 0 else 0
+            self.tokens += self.rows.tokens(self.order(place))
         self.counted_steps = step
         return self.tokens
 

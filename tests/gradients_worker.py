@@ -1,6 +1,6 @@
 """One step's gradients of the real trainer, for any split into micro-batches and processes.
 
-python gradients_worker.py <base folder> <prepared rows folder> <rows in a micro-batch> <out.pt>
+python gradients_worker.py <base folder> <prepared rows folder> <rows in a micro-batch> <out.pt> [<setting>=<value> …]
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROWS, LENGTH = 8, 128
 
 
-def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str = "torch") -> dict:
+def step(base: str | Path, rows_folder: str | Path, micro_rows: int, *settings: str, kernel: str = "torch") -> dict:
     """The gradients of every parameter in the first step, and its loss; norms and loss computed by `kernel`."""
     sys.path.insert(0, str(ROOT))
     from transformers import TrainerCallback
@@ -20,6 +20,7 @@ def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str
     import train as program
     from aquila_sft import device, model, runtime
     from aquila_sft.data.rows import PackedRows
+    from aquila_sft.data.text_share import MixedRows
     from aquila_sft.log import MetricsFile
     from aquila_sft.pretrain import accelerate_forgets
     from aquila_sft.tokenizer import load_tokenizer
@@ -37,10 +38,11 @@ def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str
             "train.logging_steps=1",
             "train.precision=fp32",
             "optim.max_grad_norm=0",
+            *settings,
         ]
     )
     choices = dataclasses.replace(device.choose(cfg.train, cfg.kernel), kernel=kernel)
-    rows = PackedRows(Path(rows_folder))
+    rows = MixedRows(PackedRows(Path(rows_folder)), cfg, None)
     net = model.load(Path(base))
     folder = Path(tempfile.mkdtemp())
     taken = {}
@@ -67,14 +69,14 @@ def step(base: str | Path, rows_folder: str | Path, micro_rows: int, kernel: str
     return {"gradients": taken, "loss": next((line["loss"] for line in trainer.metrics.read() if "loss" in line), None)}
 
 
-def main(base: str, rows_folder: str, micro_rows: str, out: str) -> None:
+def main(base: str, rows_folder: str, micro_rows: str, out: str, *settings: str) -> None:
     sys.path.insert(0, str(ROOT))
     from aquila_sft import runtime
 
     runtime.settle(offline=True)
     import torch
 
-    taken = step(base, rows_folder, int(micro_rows))
+    taken = step(base, rows_folder, int(micro_rows), *settings)
     if runtime.is_main():
         torch.save(taken, out)
 

@@ -225,6 +225,14 @@ BROKEN = [
     (SFT + " train.num_epochs=1 train.tokens_per_step=131072", "blank-rows", "131,072"),
     (SFT + " tokenizer.path={here}/no-chat", "input", "<|im_start|>"),
     (LORA + " tokenizer.path={here}/no-chat tokenizer.add_chat_tokens=true", "input", "never be trained"),
+    (SFT + " data.text.share=0.2 data.text.shards=/no/where", "input", "data.text.shards="),
+    (SFT + " data.text.share=0.2 data.text.shards={here}/swapped", "input", "another vocabulary"),
+    (
+        SFT + " data.text.share=0.2 data.text.shards={here}/shards data.text.sources={{x:1}}",
+        "input",
+        "data.text.sources.x",
+    ),
+    (SFT + " data.text.share=1", "setting", "data.text.share=1"),
     (ANNEAL + " model.path={here}/half", "input", "not fully covered"),
     (ANNEAL + " model.path={here}/no-json", "input", "cannot be loaded"),
     # text
@@ -342,7 +350,12 @@ def test_no_recipe_here_raises_an_alarm(recipe, scale, tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())  # nothing is written, nothing built
 
 
-@pytest.mark.parametrize("words", [PRETRAIN, STABLE, SFT, LORA], ids=["pretrain", "anneal", "sft", "sft_lora"])
+MIXED = SFT + " data.text.share=0.2 data.text.shards={here}/shards data.packing=false train.loss_per=answer"
+
+
+@pytest.mark.parametrize(
+    "words", [PRETRAIN, STABLE, SFT, LORA, MIXED], ids=["pretrain", "anneal", "sft", "sft_lora", "mixed"]
+)
 def test_a_sound_run_on_data_that_is_here_raises_no_alarm(words, here, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, printed = check(*words.format(here=here).split(), capsys=capsys)

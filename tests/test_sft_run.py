@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import gradients_worker
@@ -17,11 +18,12 @@ import pytest
 import torch
 import warm
 from safetensors.torch import load_file, save_file
-from tiny import tiny_conversations, tiny_model, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
+from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aquila_sft import chat_template
 from aquila_sft.data import sft_set
+from aquila_sft.data.rows import PackedRows, RowOrder
 from aquila_sft.tokenizer import SPECIALS
 
 ROOT = Path(__file__).parents[1]
@@ -272,9 +274,11 @@ def prepared(world):
     return world / "rows/train"
 
 
-def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, tmp_path):
+@pytest.mark.parametrize("loss_per", ["token", "answer"])
+def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, tmp_path, loss_per):
     def gradients(name, rows, run_worker):
         worker = [ROOT / "tests/gradients_worker.py", world / "base", prepared, rows, tmp_path / f"{name}.pt"]
+        worker += [f"train.loss_per={loss_per}"]
         done = run_worker(*map(str, worker))
         assert done.returncode == 0, done.stderr
         return torch.load(tmp_path / f"{name}.pt")
@@ -293,6 +297,95 @@ def test_1x8_2x4_8x1_and_two_processes_give_the_same_gradients(world, prepared, 
         for key, gradient in result["gradients"].items():
             # fp32 sums in another order: a few roundings of the largest gradient
             assert (gradient - whole["gradients"][key]).abs().max() < 2e-6 * scale, (name, key)
+
+
+@pytest.mark.parametrize(
+    ("loss_per", "weigh"),
+    [
+        ("token", lambda n, of_all: 1.0),
+        ("answer_root", lambda n, of_all: n**-0.5),
+        ("answer", lambda n, of_all: 1 / n),
+        ("conversation", lambda n, of_all: 1 / of_all),
+    ],
+)
+def test_the_loss_of_a_step_is_the_mean_that_loss_per_names(world, prepared, tmp_path, loss_per, weigh):
+    """Against the stock model, one conversation at a time, and its log-probabilities."""
+    rows = PackedRows(prepared)
+    order = RowOrder(len(rows), 1337, 8)
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    lost = weights = 0.0
+    for item in (item for place in range(8) for item in rows.items(order(place))):
+        span = slice(int(rows.offsets[item]), int(rows.offsets[item + 1]))
+        ids, is_target = torch.tensor(rows.tokens[span].astype("int64")), rows.targets[span].tolist()
+        with torch.no_grad():
+            nll = -model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        for is_answer, answer in groupby(range(len(ids)), is_target.__getitem__):
+            answer = list(answer) if is_answer else []
+            for t in answer:
+                w = weigh(len(answer), sum(is_target))
+                lost, weights = lost + w * float(nll[t - 1]), weights + w
+    worker = [ROOT / "tests/gradients_worker.py", world / "base", prepared, 4, tmp_path / "one.pt"]
+    done = warm.run([*map(str, worker[1:]), f"train.loss_per={loss_per}"], script=worker[0], env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "one.pt")["loss"] == pytest.approx(lost / weights, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shards(world, tmp_path_factory):
+    """SENTENCES as documents in the base's vocabulary."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_jsonl(folder / "docs.jsonl", [{"text": f"{n}. {text} {text[::-1]}"} for n, text in enumerate(SENTENCES)])
+    done = run(
+        [
+            "recipe=prepare",
+            "scale=mini",
+            f"tokenizer.path={world / 'base'}",
+            f"data.files={folder / 'docs.jsonl'}",
+            f"output_dir={folder / 'run'}",
+            "prepare.holdout_fraction=0",
+            "prepare.clean.min_bytes=1",
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run/final"
+
+
+def test_text_among_unpacked_conversations_is_trained_on_and_a_killed_run_goes_on_with_it(world, shards, tmp_path):
+    more = ["data.text.share=0.25", f"data.text.shards={shards}", "data.packing=false", "train.loss_per=answer"]
+    whole = run(words(world, tmp_path / "whole", *more))
+    assert whole.returncode == 0, whole.stderr
+    ledger = json.loads((tmp_path / "whole/ledger.json").read_text())
+    assert ledger["rows"]["train"]["rows"] == ledger["kept"]
+    assert f"{round(ledger['kept'] / 3)} rows of text among {ledger['kept']} of conversations: text.en " in whole.stdout
+    plain = run(words(world, tmp_path / "plain", *more[2:]))
+    assert summary(tmp_path / "plain")["tokens"] < summary(tmp_path / "whole")["tokens"], plain.stderr
+    assert not same_weights(tmp_path / "plain/final", tmp_path / "whole/final")
+    parted = warm.Process(words(world, tmp_path / "parted", *more), env=ENV)
+    while not (tmp_path / "parted/checkpoints/step-000002").exists():
+        time.sleep(0.05)
+        assert parted.poll() is None, parted.stderr
+    parted.kill()
+    assert run(words(world, tmp_path / "parted", *more)).returncode == 0
+    assert same_weights(tmp_path / "parted/final", tmp_path / "whole/final")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["data.text.shards=nowhere"], "data.text.share=0.1: no shards at nowhere; give data.text.shards="),
+        (["data.text.languages={fr: 1}"], "data.text.languages.fr=1.0: the shards have no such language"),
+    ],
+)
+def test_text_that_cannot_be_had_stops_the_run_before_it_begins(world, shards, tmp_path, more, told):
+    done = run(words(world, tmp_path / "run", "data.text.share=0.1", f"data.text.shards={shards}", *more))
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_text_of_another_vocabulary_is_refused(world, shards, tmp_path):
+    tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tok", entries=1900))
+    given = [f"model.path={tmp_path / 'base'}", "data.text.share=0.1", f"data.text.shards={shards}"]
+    done = run(words(world, tmp_path / "run", *given))
+    assert done.returncode == 2 and "were made with another vocabulary (1,916 entries)" in done.stderr, done.stderr
 
 
 def launcher(*words_, **kwargs):

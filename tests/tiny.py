@@ -84,8 +84,8 @@ TINY_ARCHITECTURE = {
 }
 
 
-def tiny_tokenizer(folder: Path):
-    """A fast tokenizer of about two thousand entries, saved in `folder` by save_tokenizer and returned.
+def tiny_tokenizer(folder: Path, entries: int = 2000):
+    """A fast tokenizer of about so many entries, saved in `folder` by save_tokenizer and returned.
 
     bos <|extra_203|>, eos <|extra_204|>, pad and unk <|endoftext|>, the ChatML template, length limit 512.
     """
@@ -101,7 +101,7 @@ def tiny_tokenizer(folder: Path):
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=2000 - len(SPECIALS),
+        vocab_size=entries - len(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

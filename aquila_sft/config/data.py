@@ -83,12 +83,7 @@ class Mixture:
     eval_bytes: int = MISSING  # held-back text that is evaluated, at most, for each source and language
 
     def check(self) -> None:
-        for key, weights in (("languages", self.languages), ("sources", self.sources)):
-            for name, weight in (weights or {}).items():
-                if not 0 <= weight < float("inf"):
-                    raise UserError(f"data.{key}.{name}={weight} must be 0 or more")
-            if weights is not None and not sum(weights.values()) > 0:
-                raise UserError(f"data.{key}={weights}: at least one weight must be more than 0")
+        check_weights("data", self)
         at_least("data", self, 1, "block_rows")
         at_least("data", self, 0, "eval_bytes")
         if self.max_epochs <= 0:
@@ -171,6 +166,21 @@ class ConversationPolicy:
 
 
 @dataclass(kw_only=True)
+class TextShare:
+    """Text of pretraining among the rows of conversations, so that a model keeps what it learnt from it."""
+
+    share: float = MISSING  # of all rows; 0: none
+    shards: str | None = None  # folder made by recipe=prepare; null: this scale's own
+    languages: dict[str, float] | None = None  # weight of each language; null: in proportion to their tokens
+    sources: dict[str, float] | None = None  # weight of each source within a language; null: in proportion
+
+    def check(self) -> None:
+        if not 0 <= self.share < 1:
+            raise UserError(f"data.text.share={self.share} must be at least 0 and less than 1")
+        check_weights("data.text", self)
+
+
+@dataclass(kw_only=True)
 class SftData(Workers):
     files: Any = None  # local file, list or glob; null: the manifest, or what is bundled
     manifest: str | None = None  # data/manifests/<name>.yaml: a pinned Hub data set
@@ -178,7 +188,9 @@ class SftData(Workers):
     bundled: str | None = None  # `world`
     holdout_fraction: float = MISSING  # conversations held back for evaluation, by hash of their content
     holdout_max: int = MISSING  # at most, per language
+    packing: bool = MISSING  # several conversations to a row; false: one, padded to the longest of a micro-batch
     pack_window: int = MISSING  # conversations packed together; larger fills better, mixes less
+    text: TextShare = MISSING
     clean: ConversationPolicy = MISSING
     unreadable: DamagedBlocks = MISSING  # a file that is not what its name says: stop, or leave out what cannot be read
     decontaminate: str | None = None  # folder of benchmark items; null: nothing is checked
@@ -191,6 +203,7 @@ class SftData(Workers):
             self.files = file_list(self.files)
         check_bundled(self.bundled)
         self.clean.check()
+        self.text.check()
         self.check_workers("data")
         at_least("data", self, 5, "ngram_words", "ngram_characters")
         within("data", self, 0.0, 0.5, "holdout_fraction")
@@ -254,6 +267,15 @@ class PreparePolicy(Workers):
             within("prepare", self, 0.6, 1.0, "near_duplicates")
         at_least("prepare", self, 5, "ngram_words", "ngram_characters")
         self.check_workers("prepare")
+
+
+def check_weights(group: str, of: Mixture | TextShare) -> None:
+    for key, weights in (("languages", of.languages), ("sources", of.sources)):
+        for name, weight in (weights or {}).items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"{group}.{key}.{name}={weight} must be 0 or more")
+        if weights is not None and not sum(weights.values()) > 0:
+            raise UserError(f"{group}.{key}={weights}: at least one weight must be more than 0")
 
 
 def check_source(name: str) -> None:

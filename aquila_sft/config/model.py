@@ -39,6 +39,15 @@ class ScheduleKind(enum.StrEnum):
     wsd = "wsd"
 
 
+class LossPer(enum.StrEnum):
+    """What weighs alike in the loss of a step."""
+
+    token = "token"
+    answer_root = "answer_root"  # between the two: an answer weighs the root of its length
+    answer = "answer"
+    conversation = "conversation"
+
+
 class Architecture(enum.StrEnum):
     mistral = "mistral"
     llama = "llama"
@@ -183,6 +192,11 @@ class Train:
                 + (f"{below} or " if below else "")
                 + f"{below + self.max_length}"
             )
+
+
+@dataclass(kw_only=True)
+class SftTrain(Train):
+    loss_per: LossPer = MISSING  # what weighs alike: every supervised token, every answer, every conversation
 
 
 @dataclass(kw_only=True)

@@ -19,8 +19,8 @@ from aquila_sft.config.model import (
     Optim,
     PretrainTrain,
     Schedule,
+    SftTrain,
     Tokenizer,
-    Train,
 )
 from aquila_sft.errors import UserError
 
@@ -123,7 +123,7 @@ class SftRun(Run):
     data: SftData = MISSING
     optim: Optim = MISSING
     schedule: Schedule = MISSING
-    train: Train = MISSING
+    train: SftTrain = MISSING
     audit: Audit = MISSING
     lora: Lora | None = None
     report_to: list[str] = field(default_factory=list)

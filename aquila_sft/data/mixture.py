@@ -125,7 +125,10 @@ def scrambled(x: np.ndarray) -> np.ndarray:
 
 
 def shares(
-    parts: dict[str, tuple[str, str, int]], languages: dict[str, float] | None, sources: dict[str, float] | None
+    parts: dict[str, tuple[str, str, int]],
+    languages: dict[str, float] | None,
+    sources: dict[str, float] | None,
+    group: str = "data",
 ) -> dict[str, float]:
     """Share of tokens of every part that is trained on. `parts`: name -> (source, language, tokens).
 
@@ -137,7 +140,7 @@ def shares(
         for name, weight in (weights or {}).items():
             if weight and name not in there:
                 raise UserError(
-                    f"data.{key}.{name}={weight}: the shards have no such {key[:-1]}; they have "
+                    f"{group}.{key}.{name}={weight}: the shards have no such {key[:-1]}; they have "
                     f"{', '.join(sorted(there))}"
                 )
     chosen = {
@@ -147,7 +150,7 @@ def shares(
     }
     if not chosen:
         raise UserError(
-            f"data.sources={sources} and data.languages={languages} leave nothing of {', '.join(sorted(parts))}"
+            f"{group}.sources={sources} and {group}.languages={languages} leave nothing of {', '.join(sorted(parts))}"
         )
     of_language: dict[str, float] = {}
     of_source: dict[str, float] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aquila_sft.audit import report
 from aquila_sft.config.runs import SftRun
+from aquila_sft.data import text_share
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.doctor import examine, findings
 from aquila_sft.doctor.examine import Absent
@@ -34,12 +35,13 @@ def look_at_sft(view: View) -> None:
                 view.add(report.audit(audited, view.say))
     else:
         view.attempt(examine.conversation_files, run)
+    rows = found and found.rows + view_text(view, tokenizer, found.rows)
     shape = shape_of(view, base, len(tokenizer) if tokenizer else None)
     if run.lora:
         view.add(findings.of_adapter(run.lora, shape))
-    plan = look_at_training(view, shape, found and found.rows, "conversations")
+    plan = look_at_training(view, shape, rows, "conversations")
     if plan and found:
-        view.say("epochs", f"{plan.epochs:.2f} of {found.rows:,} rows")
+        view.say("epochs", f"{plan.epochs:.2f} of {rows:,} rows")
         if plan.epochs > 10:
             view.warning("many-epochs", f"every conversation is seen {plan.epochs:.0f} times; train shorter")
         blank = 1 - plan.end / plan.places
@@ -49,6 +51,18 @@ def look_at_sft(view: View) -> None:
                 f"train.tokens_per_step={run.train.tokens_per_step:,}: {blank:.0%} of all rows are blank, they fill "
                 "the last step; lower it",
             )
+
+
+def view_text(view: View, tokenizer, conversation_rows: int) -> int:
+    """Rows of pretraining text in an epoch."""
+    text = view.attempt(text_share.prepared_of, view.run)
+    if not text:
+        return 0
+    view.attempt(text_share.same_ids, text, tokenizer)
+    text_rows = text_share.rows_of_epoch(view.run, conversation_rows)
+    if order := view.attempt(text_share.order_of, view.run, text):
+        view.say("text", text_share.told(order, text_rows, conversation_rows))
+    return text_rows
 
 
 def chat_tokenizer(run: SftRun, base: Path | None):
@@ -89,7 +103,7 @@ def look_at_conversations(view: View, found: examine.Conversations) -> None:
         )
     if not report["held_back"]:
         view.warning("nothing-held-back", f"data.holdout_fraction={run.data.holdout_fraction:g} holds nothing back")
-    if found.filled < 0.6:
+    if found.filled < 0.6 and run.data.packing:
         view.warning(
             "rows-empty", f"rows are {found.filled:.0%} full; lower train.max_length or raise data.pack_window"
         )

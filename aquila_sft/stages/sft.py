@@ -15,9 +15,10 @@ from aquila_sft import cache, checkpoint, hub, narration, prerequisites, run_dir
 from aquila_sft.card import model_card
 from aquila_sft.config.model import Attention, Precision
 from aquila_sft.config.runs import SftRun
-from aquila_sft.data import sft_set
+from aquila_sft.data import sft_set, text_share
 from aquila_sft.data.ledger import NothingLeft
 from aquila_sft.data.rows import PackedRows
+from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import Stopped, UserError
 from aquila_sft.inputs import Inputs, find_inputs, load_tokenizer
 
@@ -35,12 +36,13 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
             narration.opening(cfg)
             prerequisites.fill(cfg, compose_run)
             inputs = find_inputs(cfg)
+            text = text_share.prepared_of(cfg)
             runtime.set_threads(runtime.world_size())
             from aquila_sft import device
 
             choices = device.choose(cfg.train, cfg.kernel)
             if main:
-                contents = inputs.contents() | benchmarks(cfg)
+                contents = inputs.contents() | benchmarks(cfg) | ({"data.text.shards": text.sha256} if text else {})
                 identity = run_dir.identity_of(cfg, **contents) | {
                     "kernel": choices.kernel,
                     "train.precision": choices.precision.value,
@@ -56,12 +58,14 @@ def run(cfg: SftRun, compose_run: Callable[[list[str]], object]) -> None:
                 checkpoint.clear_leftovers(out.checkpoints)
             newest = checkpoint.newest(out.checkpoints)
             tokenizer = load_tokenizer(cfg, inputs, out)
+            if text:
+                text_share.same_ids(text, tokenizer)
             if main:
                 ledger = prepare_rows(cfg, inputs, out, tokenizer, contents["data"], stack)
                 audit_labels(cfg, inputs, out, tokenizer, ledger)
         for line in choices.reasons:
             runtime.say(f"  {line}")
-        train(cfg, inputs, out, choices, tokenizer, newest, stop)
+        train(cfg, inputs, text, out, choices, tokenizer, newest, stop)
         closing(cfg, out, "done")
 
 
@@ -112,7 +116,8 @@ def prepare_rows(
     told = f"  {ledger['read']:,} records read: {ledger['kept']:,} to train on, {ledger['held_back']:,} held back"
     if ledger["left_out"] or ledger["shortened"]:
         told += f", {ledger['left_out']:,} left out, {ledger['shortened']:,} shortened (ledger.json says why)"
-    runtime.say(f"{told}; {rows['rows']:,} rows, {rows['filled']:.1%} full")
+    filled = f"{rows['filled']:.1%} full" if cfg.data.packing else "a conversation each"
+    runtime.say(f"{told}; {rows['rows']:,} rows, {filled}")
     runtime.say(f"  prepared rows {'reused' if was_there else 'made'}: {folder}")
     return about | ledger
 
@@ -128,6 +133,7 @@ def audit_labels(cfg: SftRun, inputs: Inputs, out: run_dir.RunDir, tokenizer, le
 def train(
     cfg: SftRun,
     inputs: Inputs,
+    text: Prepared | None,
     out: run_dir.RunDir,
     choices: "Choices",
     tokenizer,
@@ -152,7 +158,9 @@ def train(
 
     net, parameters, trainable = make_model(cfg, inputs, choices, tokenizer)
     prepared = Path(run_dir.read_json(out.path / "ledger.json")["prepared"])
-    rows = PackedRows(prepared / "train")
+    rows = text_share.MixedRows(PackedRows(prepared / "train"), cfg, text)
+    if text:
+        runtime.say(f"  {text_share.told(rows.order, rows.text_rows, len(rows.conversations))}")
     held_back = {p.name: PackedRows(p) for p in sorted((prepared / "held-back").glob("*"))}
     plan = Plan(cfg.train, len(rows), choices.device, is_smoke=cfg.debug == "smoke")
     for line in remarks(cfg.schedule, plan.steps):
