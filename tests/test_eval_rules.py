@@ -6,10 +6,12 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aquila_sft.errors import UserError
-from aquila_sft.evaluation import benchmarks, constraints, items, results, rules
+from aquila_sft.evaluation import benchmarks, bits, constraints, items, results, rules
+from aquila_sft.evaluation.engine import Outcome
 from aquila_sft.evaluation.items import Item
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +306,50 @@ def test_results_are_written_as_markdown_csv_and_json_with_the_third_party_apart
     assert (tmp_path / "results.csv").read_text().split("\n")[1].startswith("PIQA,66.00,1.00,50.0,1838,1.250,66.38")
     told = json.loads((tmp_path / "results.json").read_text())
     assert told["rows"][0]["bits_per_byte"] == 1.25 and told["other"]["Other"] == [{"a": "b"}]
+
+
+# ---- bits per byte ----
+
+
+def test_an_interval_is_that_of_a_ratio_of_sums_and_the_same_every_time():
+    """Beside the delta method's standard error, for items of unequal length."""
+    chosen = np.random.default_rng(1)
+    size = chosen.integers(20, 200, 400).astype(float)
+    spent = size * chosen.normal(2.0, 0.5, 400)
+    ratio = spent.sum() / size.sum()
+    error = math.sqrt(((spent - ratio * size) ** 2).sum()) / size.sum()
+    low, high = bits.interval(spent, size)
+    assert (low, high) == bits.interval(spent, size)
+    assert low == pytest.approx(ratio - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(ratio + 1.96 * error, abs=0.2 * error)
+    assert bits.interval(spent[:1], size[:1]) is None
+
+
+def text(language: str, source: str, nats: float, size: int) -> Outcome:
+    return Outcome({"nats": nats * math.log(2), "bytes": float(size)}, about={"language": language, "source": source})
+
+
+def test_bits_per_byte_are_told_by_language_and_by_source_where_there_are_several():
+    of_one = bits.table("answers", [text("en", "a", 8, 4), text("en", "a", 1, 5), text("zh", "a", 6, 3)])
+    assert [row[:5] for row in of_one[1:]] == [["en", "all", "2", "9", "1.0000"], ["zh", "all", "1", "3", "2.0000"]]
+    assert of_one[1][5:] == ["0.2000", "2.0000"] and of_one[2][5:] == ["–", "–"]
+    of_two = bits.table("answers", [text("en", "a", 8, 4), text("en", "Z", 1, 5), text("zh", "a", 6, 3)])
+    assert [row[:3] for row in of_two[1:]] == [
+        ["en", "all", "2"],
+        ["en", "Z", "1"],
+        ["en", "a", "1"],
+        ["zh", "all", "1"],
+        ["zh", "a", "1"],
+    ]
+
+
+def test_a_change_is_drawn_with_both_models_texts_in_pairs():
+    """All texts differ, their change does not: its interval has no width."""
+    before = [text("en", "a", nats, 10) for nats in (5, 20, 60, 9)]
+    after = [text("en", "a", nats + 1, 10) for nats in (5, 20, 60, 9)]
+    (header, row) = bits.table("documents", after, before)
+    assert float(row[6]) - float(row[5]) > 1
+    assert row[7:] == ["2.3500", "+0.1000", "+0.1000", "+0.1000"] and len(header) == len(row)
 
 
 # ---- Chinese instructions ----
