@@ -307,7 +307,7 @@ def evaluated(folder, tmp_path_factory) -> Path:
         (out / "data" / name).symlink_to(OWN / name)
     done = train(
         f"model.path={folder}",
-        "eval.tasks=[hellaswag,arc,triviaqa,gsm8k,ifeval,instruct_zh,references,text]",
+        "eval.tasks=[hellaswag,arc,triviaqa,gsm8k,ifeval,instruct_zh,instruct_en,references,text]",
         "eval.data=data",
         "eval.limit=3",
         "eval.max_new_tokens=6",
@@ -337,7 +337,8 @@ def test_instructions_stops_and_references_are_measured(evaluated):
     other = json.loads((evaluated / "outputs/mini/eval/results.json").read_text())["other"]
     following = {(row["set"], row["measure"]): row for row in other["Instruction following, with the chat template"]}
     assert ("ifeval", "prompts, strict") in following and ("ifeval", "instructions, loose") in following
-    assert following["instruct_zh", "answers that stop"]["prompts"] == "3"
+    for name in ("instruct_zh", "instruct_en"):
+        assert following[name, "answers that stop"]["prompts"] == "3"
     by_language = {row["language"]: float(row["bits per byte"]) for row in other["Reference answers"]}
     assert set(by_language) == {"en", "zh"} and all(0 < value < 20 for value in by_language.values())
 
@@ -358,7 +359,7 @@ def test_every_answer_and_text_is_kept_and_their_sums_are_the_tables(evaluated):
             nats, size = (sum(scores[name] for scores in part) for name in ("nats", "bytes"))
             assert float(row[column]) == pytest.approx(nats / math.log(2) / size, abs=6e-5)
             assert row["bytes"] == str(int(size))
-    for task in ("ifeval", "instruct_zh"):
+    for task in ("ifeval", "instruct_zh", "instruct_en"):
         stopped = [line["stopped"] for line in lines if line["task"] == task]
         (row,) = (
             row

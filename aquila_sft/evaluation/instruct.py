@@ -1,7 +1,8 @@
 """What an Instruct model is for: does it do as it is told, does it stop, and how near are its answers to references.
 
     ifeval       541 English prompts with verifiable instructions, by lm-eval's copy of the published rules
-    instruct_zh  Chinese ones of our own making (data/instruct_zh.jsonl, constraints.py)
+    instruct_zh  Chinese and English ones of our own making (data/instruct_zh.jsonl, instruct_en.jsonl, constraints.py)
+    instruct_en
     references   conversations: bits per byte of their last answers, by language
 
 Prompts are rendered by the model's own chat template, with its system line.
@@ -20,7 +21,7 @@ from aquila_sft.evaluation.benchmarks import Source
 from aquila_sft.evaluation.engine import ItemTask, Outcome
 from aquila_sft.evaluation.journal import Journal
 
-INSTRUCT_ZH = Path(__file__).parents[2] / "data" / "instruct_zh.jsonl"
+OWN = {name: Path(__file__).parents[2] / "data" / f"{name}.jsonl" for name in ("instruct_zh", "instruct_en")}
 IFEVAL = Source(
     {"repo": "google/IFEval", "files": ["ifeval_input_data.jsonl"]}, ("ifeval_input_data.jsonl", "input_data.jsonl")
 )
@@ -112,7 +113,7 @@ def ifeval_follow(record: dict, answer: str) -> dict[str, list[bool]]:
     return {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"]}
 
 
-def zh_follow(record: dict, answer: str) -> dict[str, list[bool]]:
+def own_follow(record: dict, answer: str) -> dict[str, list[bool]]:
     return {"strict": constraints.followed(record["checks"], answer)}
 
 

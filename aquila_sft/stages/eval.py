@@ -90,10 +90,10 @@ def read(cfg: EvalRun, names: list[str], out: Path) -> dict:
             from aquila_sft.evaluation import instruct
 
             given[name] = instruct.ifeval_records(cfg.eval.data, out / "data", cfg.eval.limit)
-        elif name == "instruct_zh":
+        elif name in ("instruct_zh", "instruct_en"):
             from aquila_sft.evaluation import instruct
 
-            given[name] = read_items.json_lines(instruct.INSTRUCT_ZH)[: cfg.eval.limit]
+            given[name] = read_items.json_lines(instruct.OWN[name])[: cfg.eval.limit]
         elif name == "references":
             from aquila_sft.evaluation import instruct
 
@@ -163,9 +163,9 @@ def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: P
     defined = {name: benchmarks.load(name) for name in names if name in benchmarks.GROUPS["card"]}
     rows = {name: [engine.task(b, part, given[name][part]) for part in b.parts] for name, b in defined.items()}
     chats, text = [], None
-    if {"ifeval", "instruct_zh", "references"} & set(names):
+    if set(benchmarks.INSTRUCT) & set(names):
         needs_chat(folder, scorer.tokenizer)
-    for name, follow in (("ifeval", instruct.ifeval_follow), ("instruct_zh", instruct.zh_follow)):
+    for name, follow in (("ifeval", instruct.ifeval_follow), *((own, instruct.own_follow) for own in instruct.OWN)):
         if name in names:
             chats.append(instruct.chat_task(name, scorer, given[name], cfg.eval.max_new_tokens, follow))
     if "text" in names:
