@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_every_form_of_benchmark_is_read(tmp_path, name, packed):
     document = f"考试题：\n1、{item.question.replace('_', answer)}\nA. {item.answers[0]}\n以上。" * 2
     assert index(unit_hashes(document)) == "some"
     assert index(unit_hashes("这里有一个很长的文章，里面没有问题。" * 3)) is None
+
+
+def test_our_own_instructions_are_looked_for_like_any_benchmark(tmp_path):
+    """Those of nothing but ordinary words are too short, and counted."""
+    for name in ("instruct_zh", "instruct_en"):
+        shutil.copy(Path(__file__).parents[1] / f"data/{name}.jsonl", tmp_path)
+    items = decontaminate.read(tmp_path)
+    index = Index(items, 13, 13)
+    assert {name: figures["items"] for name, figures in index.figures.items()} == {
+        "instruct_en": 110,
+        "instruct_zh": 109,
+    }
+    for item in items:
+        found = index(unit_hashes(f"Here we go: {item.question}"))
+        assert found == item.benchmark or not decontaminate.texts_of(item, 13, alone=True)
+    assert all(figures["too_short"] < 0.3 * figures["items"] for figures in index.figures.values())
 
 
 def test_a_folder_that_is_no_set_of_benchmarks_is_named(tmp_path):

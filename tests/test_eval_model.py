@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -228,12 +229,12 @@ def test_damaged_weights_are_one_line(parts, tmp_path):
 def test_a_journal_cut_anywhere_still_tells_whether_an_answer_stopped(parts, tmp_path):
     request = Request("a b", {"until": [], "max_gen_toks": 3})
     first = scorer_of(parts, tmp_path)
-    answer, stopped = first.generate_until([request]), first.has_stopped(request)
+    answer, stopped = first.generate_until([request]), first.has_stopped(*request.args)
     whole = first.journal.file.read_bytes()
     for size in range(0, len(whole), 9):
         first.journal.file.write_bytes(whole[:size])
         again = scorer_of(parts, tmp_path)
-        assert (again.generate_until([request]), again.has_stopped(request)) == (answer, stopped)
+        assert (again.generate_until([request]), again.has_stopped(*request.args)) == (answer, stopped)
 
 
 # ---- runs ----
@@ -306,7 +307,7 @@ def evaluated(folder, tmp_path_factory) -> Path:
         (out / "data" / name).symlink_to(OWN / name)
     done = train(
         f"model.path={folder}",
-        "eval.tasks=[hellaswag,arc,triviaqa,gsm8k,ifeval,instruct_zh,references,text]",
+        "eval.tasks=[hellaswag,arc,triviaqa,gsm8k,ifeval,instruct_zh,instruct_en,references,text]",
         "eval.data=data",
         "eval.limit=3",
         "eval.max_new_tokens=6",
@@ -336,11 +337,36 @@ def test_instructions_stops_and_references_are_measured(evaluated):
     other = json.loads((evaluated / "outputs/mini/eval/results.json").read_text())["other"]
     following = {(row["set"], row["measure"]): row for row in other["Instruction following, with the chat template"]}
     assert ("ifeval", "prompts, strict") in following and ("ifeval", "instructions, loose") in following
-    assert following["instruct_zh", "answers that stop"]["prompts"] == "3"
-    by_language = {
-        row["language"]: float(row["bits per byte of reference answers"]) for row in other["Reference answers"]
-    }
+    for name in ("instruct_zh", "instruct_en"):
+        assert following[name, "answers that stop"]["prompts"] == "3"
+    by_language = {row["language"]: float(row["bits per byte"]) for row in other["Reference answers"]}
     assert set(by_language) == {"en", "zh"} and all(0 < value < 20 for value in by_language.values())
+
+
+def test_every_answer_and_text_is_kept_and_their_sums_are_the_tables(evaluated):
+    out = evaluated / "outputs/mini/eval"
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
+    other = json.loads((out / "results.json").read_text("utf-8"))["other"]
+    for task, title, column in (
+        ("references", "Reference answers", "bits per byte"),
+        ("text", "Bits per byte of text", "bits per byte"),
+        ("text before", "Bits per byte of text", "before"),
+    ):
+        mine = [line for line in lines if line["task"] == task]
+        assert mine and all(line["where"] and line["source"] for line in mine)
+        for row in other[title]:
+            part = [line["scores"] for line in mine if line["language"] == row["language"]]
+            nats, size = (sum(scores[name] for scores in part) for name in ("nats", "bytes"))
+            assert float(row[column]) == pytest.approx(nats / math.log(2) / size, abs=6e-5)
+            assert row["bytes"] == str(int(size))
+    for task in ("ifeval", "instruct_zh", "instruct_en"):
+        stopped = [line["stopped"] for line in lines if line["task"] == task]
+        (row,) = (
+            row
+            for row in other["Instruction following, with the chat template"]
+            if (row["set"], row["measure"]) == (task, "answers that stop")
+        )
+        assert stopped and row["%"] == f"{100 * sum(stopped) / len(stopped):.2f}"
 
 
 def test_an_answer_longer_than_the_model_counts_every_token_once(parts, tmp_path):
@@ -355,8 +381,8 @@ def test_an_answer_longer_than_the_model_counts_every_token_once(parts, tmp_path
 
     def bits(text: str) -> float:
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
-        ((_, value, _, _),) = instruct.references(scorer, [("here", normalise({"messages": talk}, "s"))])[1:]
-        return float(value)
+        (found,) = instruct.references(scorer, [("here", normalise({"messages": talk}, "s"))])
+        return found.scores["nats"] / math.log(2) / found.scores["bytes"]
 
     scorer = scorer_of(parts, tmp_path)
     once = bits("The river rises. " * 20)
@@ -388,13 +414,12 @@ def test_instructions_weigh_alike_and_not_prompts():
     from types import SimpleNamespace
 
     from aquila_sft.evaluation import instruct
+    from aquila_sft.evaluation.engine import Outcome
 
     records = [{"checks": [[]] * count} for count in (1, 3)]
-    outcomes = [SimpleNamespace(scores={"prompts": float(s == 1), "instructions": s}) for s in (1.0, 1 / 3)]
-    task = SimpleNamespace(
-        task_name="t", outcomes=outcomes, instances=[1, 2], items=[SimpleNamespace(record=r) for r in records]
-    )
-    _, prompts, instructions, _ = instruct.table(SimpleNamespace(has_stopped=lambda _: False), [task])
+    outcomes = [Outcome({"prompts": float(s == 1), "instructions": s}, stopped=False) for s in (1.0, 1 / 3)]
+    task = SimpleNamespace(task_name="t", outcomes=outcomes, items=[SimpleNamespace(record=r) for r in records])
+    _, prompts, instructions, _ = instruct.table([task])
     assert prompts[2:4] == ["50.00", "50.00"] and instructions[2] == "50.00"  # two of four; a mean of prompts is 66.67
 
 
@@ -403,8 +428,8 @@ def test_text_is_measured_by_language_and_source_before_and_after(evaluated):
     assert [(row["language"], row["source"]) for row in rows] == [
         ("en", "all"),
         ("en", "b"),
-        ("zh", "a"),
         ("zh", "all"),
+        ("zh", "a"),
     ]
     for row in rows:
         change = float(row["bits per byte"]) - float(row["before"])

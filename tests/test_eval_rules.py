@@ -6,10 +6,12 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aquila_sft.errors import UserError
-from aquila_sft.evaluation import benchmarks, constraints, items, results, rules
+from aquila_sft.evaluation import benchmarks, bits, constraints, items, results, rules
+from aquila_sft.evaluation.engine import Outcome
 from aquila_sft.evaluation.items import Item
 
 ROOT = Path(__file__).parents[1]
@@ -306,14 +308,105 @@ def test_results_are_written_as_markdown_csv_and_json_with_the_third_party_apart
     assert told["rows"][0]["bits_per_byte"] == 1.25 and told["other"]["Other"] == [{"a": "b"}]
 
 
-# ---- Chinese instructions ----
+# ---- bits per byte ----
 
 
-def test_the_chinese_set_has_at_least_100_prompts_and_knows_its_checks():
-    records = items.json_lines(ROOT / "data/instruct_zh.jsonl")
-    assert len(records) >= 100 and len({r["prompt"] for r in records}) == len(records)
-    kinds = {name for record in records for name, *_ in record["checks"]}
+def test_an_interval_is_that_of_a_ratio_of_sums_and_the_same_every_time():
+    """Beside the delta method's standard error, for items of unequal length."""
+    chosen = np.random.default_rng(1)
+    size = chosen.integers(20, 200, 400).astype(float)
+    spent = size * chosen.normal(2.0, 0.5, 400)
+    ratio = spent.sum() / size.sum()
+    error = math.sqrt(((spent - ratio * size) ** 2).sum()) / size.sum()
+    low, high = bits.interval(spent, size)
+    assert (low, high) == bits.interval(spent, size)
+    assert low == pytest.approx(ratio - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(ratio + 1.96 * error, abs=0.2 * error)
+    assert bits.interval(spent[:1], size[:1]) is None
+
+
+def text(language: str, source: str, nats: float, size: int) -> Outcome:
+    return Outcome({"nats": nats * math.log(2), "bytes": float(size)}, about={"language": language, "source": source})
+
+
+def test_bits_per_byte_are_told_by_language_and_by_source_where_there_are_several():
+    of_one = bits.table("answers", [text("en", "a", 8, 4), text("en", "a", 1, 5), text("zh", "a", 6, 3)])
+    assert [row[:5] for row in of_one[1:]] == [["en", "all", "2", "9", "1.0000"], ["zh", "all", "1", "3", "2.0000"]]
+    assert of_one[1][5:] == ["0.2000", "2.0000"] and of_one[2][5:] == ["–", "–"]
+    of_two = bits.table("answers", [text("en", "a", 8, 4), text("en", "Z", 1, 5), text("zh", "a", 6, 3)])
+    assert [row[:3] for row in of_two[1:]] == [
+        ["en", "all", "2"],
+        ["en", "Z", "1"],
+        ["en", "a", "1"],
+        ["zh", "all", "1"],
+        ["zh", "a", "1"],
+    ]
+
+
+def test_a_change_is_drawn_with_both_models_texts_in_pairs():
+    """All texts differ, their change does not: its interval has no width."""
+    before = [text("en", "a", nats, 10) for nats in (5, 20, 60, 9)]
+    after = [text("en", "a", nats + 1, 10) for nats in (5, 20, 60, 9)]
+    (header, row) = bits.table("documents", after, before)
+    assert float(row[6]) - float(row[5]) > 1
+    assert row[7:] == ["2.3500", "+0.1000", "+0.1000", "+0.1000"] and len(header) == len(row)
+
+
+# ---- instructions whose obedience a program can tell ----
+
+
+def test_both_sets_have_at_least_100_prompts_and_use_every_check_and_no_other():
+    kinds = set()
+    for language in ("zh", "en"):
+        records = items.json_lines(ROOT / f"data/instruct_{language}.jsonl")
+        assert len(records) >= 100 and len({r["prompt"] for r in records}) == len(records)
+        kinds |= {name for record in records for name, *_ in record["checks"]}
     assert kinds == set(constraints.CHECKS)
+
+
+def test_every_english_prompt_can_be_obeyed_and_not_by_the_answer_to_another():
+    """By answers written by hand, all shorter than 64 tokens; those to other prompts obey few."""
+    records = items.json_lines(ROOT / "data/instruct_en.jsonl")
+    answers = items.json_lines(ROOT / "tests/instruct_en_answers.jsonl")
+    assert [record["prompt"] for record in records] == [record["prompt"] for record in answers]
+    obeyed = 0
+    for record, answer in zip(records, answers, strict=True):
+        assert all(constraints.followed(record["checks"], answer["answer"])), answer
+        assert len(constraints.words(answer["answer"])) <= 40
+        obeyed += sum(all(constraints.followed(record["checks"], other["answer"])) for other in answers)
+    assert obeyed < 0.3 * len(records) ** 2
+    assert any(len(record["checks"]) > 1 for record in records)
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("One. Two! Three?", 3),
+        ("It costs 3.50 euros. That is 0.5 less than on Feb. 3.", 2),
+        ("Dr. Li and Mr. J. K. Stone live in the U.S. with their cat.", 1),
+        ("He left at 5 p.m. and came back. She left at 6 p.m. Then it rained.", 3),
+        ("Fruit, e.g. apples, is healthy. See No. 4 of the list.", 2),
+        ("Is it far? No. It is not.", 3),
+        ("It was he and I. Nobody else came.", 2),
+        ("Well... maybe. Or not... Who knows?!", 3),
+        ('"Stop!" he cried. "Why?"', 2),
+        ("He said: “Go home.” We went.", 2),
+        ("1. Wash it.\n2. Dry it.", 2),
+        ("you can write like this. it is still two.", 2),
+        ("no full stop at all", 1),
+        ("Read it at www.example.org today.", 1),
+        ("他说：“好。”然后走了！", 2),
+        ("1.5公里不远。版本是3.2。", 2),
+    ],
+)
+def test_sentences_are_counted_as_a_reader_counts_them(text, count):
+    assert len(constraints.sentences(text)) == count, constraints.sentences(text)
+
+
+def test_words_are_counted_as_a_reader_counts_them():
+    assert constraints.words("Don't — it's 3.5 km, a well-known - and long--way…") == [
+        "Don't", "it's", "3.5", "km,", "a", "well-known", "and", "long", "way…",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -336,6 +429,31 @@ def test_the_chinese_set_has_at_least_100_prompts_and_knows_its_checks():
         (["english"], "It is big.", "It is 大"),
         (["no_digits"], "三点", "3点"),
         (["title"], "《春》\n花", "春\n花"),
+        (["max_words", 3], "It's well-known — really.", "one two three four"),
+        (["min_words", 3], "one two - three", "one — two"),
+        (["sentences", 2], "Dr. Li ran 3.5 km. She won.", "Dr. Li ran 3.5 km, and won."),
+        (["numbered", 2], "1) a\n2. b", "1.5 km\n2. b"),
+        (["bulleted", 1], "* a", "**a**"),
+        (["paragraphs", 2], "a\nb\n\nc\n", "a\nb"),
+        (["comma_separated", 3], "red, dark green, blue.", "red, green and blue"),
+        (["comma_separated", 2], "red, blue", "I like the colour red, blue"),
+        (["contains", "fire", "ice"], "Fire and ice!", "The fireman likes ice"),
+        (["without", "the", ","], "Other people gathered.", "At The end"),
+        (["without", ","], "a; b", "a, b"),
+        (["times", "rain", 2], "Rain, rain.", "Rain, rainy."),
+        (["begins", "Dear customer"], " dear Customer, hello", "Hello, dear customer"),
+        (["ends", "love"], "with all my love.", "with all my glove box"),
+        (["ends", "?"], "Are you well? ", "Are you? Well."),
+        (["one_of", "yes", "no"], "Yes.", "Yes, it is."),
+        (["acrostic", "CAT"], "Cold\n\n*all\nTo", "Cold\nall"),
+        (["heading"], "# A\nb", "#A\nb"),
+        (["lower"], "it's 5 o'clock", "It's five"),
+        (["upper"], "WET FLOOR, 5 M!", "WET Floor"),
+        (["json", "a", "b"], '{"b": 1, "a": [], "c": {}}', '{"a": 1}'),
+        (["json", "a"], '{"a": 1}', '["a"]'),
+        (["quoted"], '"Hello," he said, "and bye."', '"Hello," he said.'),
+        (["english"], "It means friend.", "12"),
+        (["no_digits"], "eight legs", "8 legs"),
     ],
 )
 def test_a_constraint_tells_obedience_from_the_lack_of_it(check, obeyed, not_obeyed):

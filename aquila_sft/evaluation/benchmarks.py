@@ -23,7 +23,7 @@ ENGLISH = (
     "siqa",
 )
 CHINESE = ("ceval", "cmmlu")
-INSTRUCT = ("ifeval", "instruct_zh", "references")
+INSTRUCT = ("ifeval", "instruct_zh", "instruct_en", "references")
 TEXT = ("text",)
 GROUPS = {
     "card": ENGLISH + CHINESE,

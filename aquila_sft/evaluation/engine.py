@@ -8,7 +8,7 @@ lm-eval asks for everything of one kind at once, over all tasks, so the scorer c
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -27,6 +27,13 @@ class Outcome:
     scores: dict[str, float]
     log_probs: tuple[float, ...] = ()
     written: str | None = None
+    stopped: bool | None = None  # whether the model ended what it wrote by itself; of chats
+    about: dict[str, str] = field(default_factory=dict)  # where, language, source; of texts and reference answers
+
+    def as_line(self) -> dict:
+        """As answers.jsonl has it, without what this kind of item does not have."""
+        kept = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        return kept.pop("about") | kept
 
 
 class ItemTask(Task):

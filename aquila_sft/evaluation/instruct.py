@@ -1,14 +1,14 @@
 """What an Instruct model is for: does it do as it is told, does it stop, and how near are its answers to references.
 
     ifeval       541 English prompts with verifiable instructions, by lm-eval's copy of the published rules
-    instruct_zh  Chinese ones of our own making (data/instruct_zh.jsonl, constraints.py)
+    instruct_zh  Chinese and English ones of our own making (data/instruct_zh.jsonl, instruct_en.jsonl, constraints.py)
+    instruct_en
     references   conversations: bits per byte of their last answers, by language
 
 Prompts are rendered by the model's own chat template, with its system line.
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from aquila_sft.evaluation.benchmarks import Source
 from aquila_sft.evaluation.engine import ItemTask, Outcome
 from aquila_sft.evaluation.journal import Journal
 
-INSTRUCT_ZH = Path(__file__).parents[2] / "data" / "instruct_zh.jsonl"
+OWN = {name: Path(__file__).parents[2] / "data" / f"{name}.jsonl" for name in ("instruct_zh", "instruct_en")}
 IFEVAL = Source(
     {"repo": "google/IFEval", "files": ["ifeval_input_data.jsonl"]}, ("ifeval_input_data.jsonl", "input_data.jsonl")
 )
@@ -89,20 +89,21 @@ def try_rules(where: str, record: dict) -> None:
         ) from None
 
 
-def chat_task(name: str, tokenizer, records: list[dict], max_new_tokens: int, follow) -> ItemTask:
+def chat_task(name: str, scorer, records: list[dict], max_new_tokens: int, follow) -> ItemTask:
     """A task of chat prompts. follow(record, answer) -> {rule: [obeyed, …]}"""
+    how = {"until": [], "max_gen_toks": max_new_tokens, "chat": True}
 
     def requests_of(asked: Asked) -> list:
-        return [("generate_until", (asked.prompt, {"until": [], "max_gen_toks": max_new_tokens, "chat": True}))]
+        return [("generate_until", (asked.prompt, how))]
 
     def outcome(asked: Asked, results: list[str]) -> Outcome:
         scores = {}
         for rule, obeyed in follow(asked.record, results[0]).items():
             scores[f"prompts, {rule}"] = float(all(obeyed))
             scores[f"instructions, {rule}"] = sum(obeyed) / len(obeyed)
-        return Outcome(scores, written=results[0])
+        return Outcome(scores, written=results[0], stopped=scorer.has_stopped(asked.prompt, how))
 
-    return ItemTask(name, [rendered(tokenizer, record) for record in records], requests_of, outcome)
+    return ItemTask(name, [rendered(scorer.tokenizer, record) for record in records], requests_of, outcome)
 
 
 def ifeval_follow(record: dict, answer: str) -> dict[str, list[bool]]:
@@ -112,18 +113,17 @@ def ifeval_follow(record: dict, answer: str) -> dict[str, list[bool]]:
     return {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"]}
 
 
-def zh_follow(record: dict, answer: str) -> dict[str, list[bool]]:
+def own_follow(record: dict, answer: str) -> dict[str, list[bool]]:
     return {"strict": constraints.followed(record["checks"], answer)}
 
 
-def table(scorer, tasks: list[ItemTask]) -> list[list[str]]:
+def table(tasks: list[ItemTask]) -> list[list[str]]:
     """[set, measure, per cent, prompts]. Instructions weigh alike in the whole set, as IFEval publishes them."""
     rows = [["set", "measure", "%", "± (s.e.)", "prompts"]]
     for task in tasks:
         count = len(task.outcomes)
-        stopped = [scorer.has_stopped(request) for request in task.instances]
         measures = {name: [o.scores[name] for o in task.outcomes] for name in task.outcomes[0].scores}
-        measures["answers that stop"] = [float(value) for value in stopped]
+        measures["answers that stop"] = [float(o.stopped) for o in task.outcomes]
         asked = [len(item.record.get("instruction_id_list") or item.record["checks"]) for item in task.items]
         for name, values in measures.items():
             weights = asked if name.startswith("instructions") else [1] * count
@@ -153,11 +153,10 @@ def read_references(files: list[str], limit: int | None) -> list[tuple[str, conv
     return found
 
 
-def references(scorer, found: list[tuple[str, conversations.Conversation]]) -> list[list[str]]:
-    """[language, bits per byte, answers, bytes] of the last answer of each conversation."""
-    pairs, languages = [], []
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
-    for where, conversation in found:
+def references(scorer, found: list[tuple[str, conversations.Conversation]]) -> list[Outcome]:
+    """Nats and bytes of the last answer of each conversation."""
+    pairs, owners = [], []
+    for number, (where, conversation) in enumerate(found):
         messages = conversation.messages
         context, _ = encode_messages(scorer.tokenizer, messages[:-1], add_generation_prompt=True)
         whole, _ = encode_messages(scorer.tokenizer, messages)
@@ -166,18 +165,18 @@ def references(scorer, found: list[tuple[str, conversations.Conversation]]) -> l
             raise UserError(f"{where}: the chat template does not render an answer behind its prompt")
         pieces = answer_pieces(context, answer, scorer.max_length)
         pairs += pieces
-        languages += [conversation.language] * len(pieces)
-        sums[conversation.language][1] += 1
-        sums[conversation.language][2] += len(messages[-1]["content"].encode())
+        owners += [number] * len(pieces)
     keys = [Journal.key("reference", *pair) for pair in pairs]
     scorer.score(keys, lambda i: pairs[i], "reference answers")
-    for key, language in zip(keys, languages, strict=True):
-        sums[language][0] -= scorer.journal.answers[key]
-    rows = [["language", "bits per byte of reference answers", "answers", "bytes"]]
-    return rows + [
-        [language, f"{nats / math.log(2) / size:.4f}", str(count), str(size)]
-        for language, (nats, count, size) in sorted(sums.items())
-    ]
+    nats = [0.0] * len(found)
+    for key, owner in zip(keys, owners, strict=True):
+        nats[owner] -= scorer.journal.answers[key]
+    outcomes = []
+    for (where, conversation), lost in zip(found, nats, strict=True):
+        scores = {"nats": lost, "bytes": float(len(conversation.messages[-1]["content"].encode()))}
+        about = {"where": where, "language": conversation.language, "source": conversation.source}
+        outcomes.append(Outcome(scores, about=about))
+    return outcomes
 
 
 def answer_pieces(context: list[int], answer: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:

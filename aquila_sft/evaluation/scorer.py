@@ -138,9 +138,9 @@ class Scorer(LM):
     def ends(self, new_id: int, asked: tuple) -> bool:
         return new_id == self.tokenizer.eos_token_id or (asked[3] and new_id == self.turn_end_id)
 
-    def has_stopped(self, request) -> bool:
-        """Whether the model ended that answer by itself."""
-        return bool(self.journal.answers[f"{self.journal.key('greedy', *as_asked(*request.args))}:stopped"])
+    def has_stopped(self, prompt: str, how: dict) -> bool:
+        """Whether the model ended its answer to that request by itself."""
+        return bool(self.journal.answers[f"{self.journal.key('greedy', *as_asked(prompt, how))}:stopped"])
 
     def score(self, keys: list[str], pair_of: Callable[[int], tuple[Sequence[int], Sequence[int]]], what: str) -> None:
         """Fill the journal for every key, each once."""

@@ -90,10 +90,10 @@ def read(cfg: EvalRun, names: list[str], out: Path) -> dict:
             from aquila_sft.evaluation import instruct
 
             given[name] = instruct.ifeval_records(cfg.eval.data, out / "data", cfg.eval.limit)
-        elif name == "instruct_zh":
+        elif name in ("instruct_zh", "instruct_en"):
             from aquila_sft.evaluation import instruct
 
-            given[name] = read_items.json_lines(instruct.INSTRUCT_ZH)[: cfg.eval.limit]
+            given[name] = read_items.json_lines(instruct.OWN[name])[: cfg.eval.limit]
         elif name == "references":
             from aquila_sft.evaluation import instruct
 
@@ -154,42 +154,40 @@ def load_scorer(cfg: EvalRun, folder: Path, out: Path):
 
 
 def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: Path | None, out: Path) -> dict:
-    """{scores, other tables, tasks, about} of everything that was asked."""
-    from aquila_sft.evaluation import engine, instruct, plain_text, results
+    """{scores, other tables, answers by task, about} of everything that was asked."""
+    from aquila_sft.evaluation import bits, engine, instruct, plain_text, results
 
     scorer, identity = load_scorer(cfg, folder, out)
     if scorer.journal.answers:
         runtime.say(f"  goes on: {len(scorer.journal.answers):,} answers of this model are there already")
-    tokenizer = scorer.tokenizer
     defined = {name: benchmarks.load(name) for name in names if name in benchmarks.GROUPS["card"]}
     rows = {name: [engine.task(b, part, given[name][part]) for part in b.parts] for name, b in defined.items()}
     chats, text = [], None
-    if {"ifeval", "instruct_zh", "references"} & set(names):
-        needs_chat(folder, tokenizer)
-    for name, follow in (("ifeval", instruct.ifeval_follow), ("instruct_zh", instruct.zh_follow)):
+    if set(benchmarks.INSTRUCT) & set(names):
+        needs_chat(folder, scorer.tokenizer)
+    for name, follow in (("ifeval", instruct.ifeval_follow), *((own, instruct.own_follow) for own in instruct.OWN)):
         if name in names:
-            chats.append(instruct.chat_task(name, tokenizer, given[name], cfg.eval.max_new_tokens, follow))
+            chats.append(instruct.chat_task(name, scorer, given[name], cfg.eval.max_new_tokens, follow))
     if "text" in names:
         text = plain_text.task(given["text"])
     tasks = [*(task for listed in rows.values() for task in listed), *chats, *([text] if text else [])]
-    outcomes = engine.run(scorer, tasks) if tasks else {}
+    outcomes = engine.run(scorer, tasks) if tasks else {}  # by task
     scores = {name: results.row(defined[name], given[name], outcomes) for name in defined}
     other = {}
     if chats:
-        other["Instruction following, with the chat template"] = instruct.table(scorer, chats)
+        other["Instruction following, with the chat template"] = instruct.table(chats)
     if "references" in names:
-        other["Reference answers"] = instruct.references(scorer, given["references"])
+        outcomes["references"] = instruct.references(scorer, given["references"])
+        other["Reference answers"] = bits.table("answers", outcomes["references"])
     if text:
-        earlier = None
         if before:
-            earlier = plain_text.task(given["text"])
             first, _ = load_scorer(cfg, before, out)
-            engine.run(first, [earlier])
-        other["Bits per byte of text"] = plain_text.table(text, earlier)
+            outcomes["text before"] = engine.run(first, [plain_text.task(given["text"])])["text"]
+        other["Bits per byte of text"] = bits.table("documents", outcomes["text"], outcomes.get("text before"))
     return {
         "scores": [*scores.values(), *results.averages(scores).values()],
         "other": other,
-        "tasks": tasks,
+        "outcomes": outcomes,
         "tokens": of_all_processes(scorer.tokens),
         "identity": identity,
     }
@@ -232,9 +230,9 @@ def finish(cfg: EvalRun, out: Path, folder: Path, found: dict, seconds: float) -
     name = cfg.model.path or str(folder)
     text = results.write(out, name, found["scores"], found["other"], about)
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
-        for task in found["tasks"]:
-            for number, outcome in enumerate(task.outcomes):
-                line = {"task": task.task_name, "item": number, **vars(outcome)}
+        for task, outcomes in found["outcomes"].items():
+            for number, outcome in enumerate(outcomes):
+                line = {"task": task, "item": number, **outcome.as_line()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     run_dir.write_json(
         out / "summary.json", {"status": "done", "stage": "eval", "recipe": "eval", "model": name, **about}
