@@ -297,7 +297,8 @@ def evaluated(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     other = tmp_path_factory.mktemp("before")
     tiny_model(other, tiny_tokenizer(other), initializer_range=0.02)
-    write_jsonl(out / "talk.jsonl", tiny_conversations(12))
+    write_jsonl(out / "talk.jsonl", tiny_conversations(2))
+    write_jsonl(out / "谈.jsonl", tiny_conversations(12))
     (out / "zh.txt").write_text("\n".join(s for s in SENTENCES if not s.isascii()), "utf-8")
     (out / "en.txt").write_text("\n".join(s for s in SENTENCES if s.isascii()), "utf-8")
     (out / "data/ifeval").mkdir(parents=True)
@@ -311,7 +312,7 @@ def evaluated(folder, tmp_path_factory) -> Path:
         "eval.data=data",
         "eval.limit=3",
         "eval.max_new_tokens=6",
-        "eval.references=talk.jsonl",
+        "eval.references=[talk.jsonl, 谈.jsonl]",
         f"eval.before={other}",
         "data.files={a: zh.txt, b: en.txt}",
         cwd=out,
@@ -355,7 +356,8 @@ def test_every_answer_and_text_is_kept_and_their_sums_are_the_tables(evaluated):
         mine = [line for line in lines if line["task"] == task]
         assert mine and all(line["where"] and line["source"] for line in mine)
         for row in other[title]:
-            part = [line["scores"] for line in mine if line["language"] == row["language"]]
+            of_row = {"language": row["language"]} | ({} if row["source"] == "all" else {"source": row["source"]})
+            part = [line["scores"] for line in mine if of_row.items() <= line.items()]
             nats, size = (sum(scores[name] for scores in part) for name in ("nats", "bytes"))
             assert float(row[column]) == pytest.approx(nats / math.log(2) / size, abs=6e-5)
             assert row["bytes"] == str(int(size))
@@ -450,6 +452,7 @@ def test_the_same_command_again_computes_nothing(evaluated, folder):
         (["eval.tasks=arc", "eval.data=."], ["has no file for arc_easy"]),
         (["eval.tasks=references"], ["eval.references="]),
         (["eval.tasks=references", "eval.references=no.jsonl"], ["eval.references=no.jsonl: no such file"]),
+        (["eval.tasks=references", "eval.references=[]"], ["eval.references=[] is not a file, a glob or a list"]),
         (["eval.tasks=ifeval"], ["eval.tasks=ifeval", "eval.data=hub"]),
         (["eval.tasks=instruct_zh", "eval.before=x"], ["eval.before=x", "text"]),
         (["eval.tasks=text", "data.files=no.txt"], ["data.files=no.txt: no such file"]),

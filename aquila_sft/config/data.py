@@ -284,13 +284,13 @@ def check_source(name: str) -> None:
         raise UserError(f"data.files: the source name {name!r} must be Latin letters, digits, _ and -")
 
 
-def file_list(files: Any) -> list[str]:
+def file_list(files: Any, setting: str = "data.files") -> list[str]:
     """A path, a glob or a list of them as a list."""
     listed = [files] if isinstance(files, str) else files
     if not isinstance(listed, list) or not listed or not all(isinstance(f, str) and f for f in listed):
         raise UserError(
-            f"data.files={files!r} is not a file, a glob or a list of them; "
-            "write data.files=a.jsonl or data.files=[a.jsonl,b.parquet]"
+            f"{setting}={files!r} is not a file, a glob or a list of them; "
+            f"write {setting}=a.jsonl or {setting}=[a.jsonl,b.parquet]"
         )
     return listed
 

@@ -318,6 +318,6 @@ class Eval:
         if not isinstance(self.tasks, list) or not self.tasks or not all(isinstance(t, str) for t in self.tasks):
             raise UserError(f"eval.tasks={self.tasks!r} is not a name or a list of them, as in eval.tasks=[arc,piqa]")
         if self.references is not None:
-            self.references = file_list(self.references)
+            self.references = file_list(self.references, "eval.references")
         at_least("eval", self, 1, *[n for n in ("limit", "batch_tokens") if getattr(self, n) is not None])
         at_least("eval", self, 1, "max_new_tokens")
