@@ -403,6 +403,17 @@ def test_records_that_are_no_conversation_are_told(tmp_path, capsys):
     assert f"2 records left out, the first: no assistant turn at {file}:3" in capsys.readouterr().out
 
 
+def test_a_limit_of_references_is_one_for_every_language_and_source(tmp_path):
+    from aquila_sft.evaluation import instruct
+
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        rows = [{"prompt": asked, "response": told} for asked, told in (("Why?", "Rain."), ("为什么？", "下雨。")) * 3]
+        write_jsonl(file, rows)
+    found = [conversation for _, conversation in instruct.read_references([*map(str, files)], 2)]
+    assert [(c.source, c.language) for c in found] == [(s, w) for s in "ab" for w in ("en", "zh") * 2]
+
+
 def test_records_that_are_no_text_are_told(tmp_path, capsys):
     from aquila_sft.evaluation import plain_text
 

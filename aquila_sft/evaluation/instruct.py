@@ -9,6 +9,7 @@ Prompts are rendered by the model's own chat template, with its system line.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,16 +136,21 @@ def table(tasks: list[ItemTask]) -> list[list[str]]:
 
 
 def read_references(files: list[str], limit: int | None) -> list[tuple[str, conversations.Conversation]]:
-    """Conversations with their places. What is none is left out, and said."""
+    """The first `limit` conversations of every source and language, with their places. What is none is left out, and
+    said."""
     found, left_out = [], []
+    counts: dict[tuple[str, str], int] = defaultdict(int)
     for file in sources.find(files, setting="eval.references"):
         for where, record in sources.read(file):
-            if limit is not None and len(found) >= limit:
-                break
             try:
-                found.append((where, conversations.normalise(record or {}, file.stem)))
+                conversation = conversations.normalise(record or {}, file.stem)
             except conversations.Refused as refused:
                 left_out.append(f"{refused} at {where}" if record else f"not a JSON object at {where}")
+                continue
+            part = conversation.language, conversation.source
+            counts[part] += 1
+            if limit is None or counts[part] <= limit:
+                found.append((where, conversation))
     if not found:
         why = f" ({left_out[0]})" if left_out else ""
         raise UserError(f"eval.references={','.join(files)} holds no conversation with an answer{why}")
