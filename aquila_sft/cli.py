@@ -25,6 +25,7 @@ FREE_TEXT = (
     "tokenizer.system",
     "data.files",
     "data.shards",
+    "data.text.shards",
     "data.cache",
     "data.decontaminate",
     "prepare.decontaminate",
@@ -35,7 +36,8 @@ FREE_TEXT = (
 )
 INTERNAL = ("stage", "demo", "scale_is_explicit", "words")
 CHECKED = ("tokenizer", "prepare", "pretrain", "anneal", "sft", "sft_lora")  # what recipe=check looks at
-WEIGHTS = ("data.languages", "data.sources", "data.corpora")
+FILES = ("data.files", "eval.references")  # one or a list of them; data.files also by source
+WEIGHTS = ("data.languages", "data.sources", "data.corpora", "data.text.languages", "data.text.sources")
 RUN_LENGTHS = ("train.max_steps", "train.total_tokens", "train.num_epochs")
 
 USAGE = """\
@@ -112,7 +114,7 @@ def overrides_of(words: list[str]) -> list[str]:
             raise UserError(f"{name}={value} is not one of {', '.join(choices(name))}{nearest(value, choices(name))}")
         if name in WEIGHTS and value != "null":  # Hydra would merge: what the recipe has and the person left out stays
             overrides += [f"{name}=null", f"+{name}={value}"]
-        elif name == "data.files" and value[:1] + value[-1:] in ("[]", "{}"):
+        elif name in FILES and value[:1] + value[-1:] in ("[]", "{}"):
             as_literal = quoted if value[0] == "[" else quoted_source
             items = [as_literal(item) for item in split_items(value)]
             overrides.append(f"{name}={value[0]}{','.join(items)}{value[-1]}")

@@ -524,11 +524,16 @@ def test_ifeval_that_its_rules_cannot_work_with_is_one_line_and_no_host_is_looke
 def test_a_training_evaluates_what_it_made_if_asked(folder, tmp_path):
     write_jsonl(tmp_path / "talk.jsonl", tiny_conversations(40))
     words = [f"model.path={folder}", "data.files=talk.jsonl", "debug=smoke", "train.max_length=128"]
-    asked = f"evaluate={{tasks: [siqa,winogrande], data: {OWN}, limit: 2}}"
+    (tmp_path / "en.txt").write_text("\n\n".join(s for s in SENTENCES if s.isascii()), "utf-8")
+    asked = f"evaluate={{tasks: [siqa,winogrande,references,text], data: {OWN}, limit: 2, references: [talk.jsonl], "
+    asked += "text: {a: [en.txt], b: en.txt}}"
     done = train(*words, asked, cwd=tmp_path, recipe="sft")
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "outputs/mini/sft-smoke/eval/results.json").read_text())
     assert [row["row"] for row in told["rows"]] == ["Winogrande", "SIQA"]
+    written = (tmp_path / "outputs/mini/sft-smoke/eval/answers.jsonl").read_text().splitlines()
+    of_text = [line for line in map(json.loads, written) if line["task"] == "text"]
+    assert {line["source"] for line in of_text} == {"a", "b"}
     slip = train(*words, "evaluate={tasks: [sica]}", cwd=tmp_path, recipe="sft")
     assert slip.returncode == 2 and "did you mean siqa?" in slip.stderr
     other = train(f"model.path={folder}", "evaluate={tasks: [siqa]}", cwd=tmp_path)

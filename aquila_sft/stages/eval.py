@@ -54,12 +54,15 @@ def run(cfg: EvalRun, compose_run: Callable) -> None:
 
 
 def of_training(cfg: Run, compose_run: Callable) -> EvalRun:
-    """What `evaluate={tasks: […], …}` of a training asks for, checked."""
+    """What `evaluate={tasks: […], …}` of a training asks for, checked; `text` in it: the files of eval.tasks=[text]."""
 
     def word(value: object) -> str:
+        if isinstance(value, dict):
+            return f"{{{','.join(f'{name}: {word(files)}' for name, files in value.items())}}}"
         return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
-    words = [f"eval.{key}={word(value)}" for key, value in cfg.evaluate.items()]
+    names = {"text": "data.files"}
+    words = [f"{names.get(key, f'eval.{key}')}={word(value)}" for key, value in cfg.evaluate.items()]
     paths = [f"model.path={cfg.output_dir}/final", f"output_dir={cfg.output_dir}/eval"]
     found = compose_run(["recipe=eval", f"scale={cfg.scale}", *paths, *words])
     check(found)

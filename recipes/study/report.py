@@ -1,0 +1,156 @@
+"""Figures of a study as files: figures.csv (every figure of every run), tables.md, changes.svg.
+
+Rows are runs by axis. A change is that against the plan's default on the same answers, with its interval.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.study import figures
+from recipes.study.figures import ALL, Measured
+from recipes.study.plan import FINALS, Run
+
+LANGUAGES = ("en", "zh")
+HEAD = [
+    "answers en, bits per byte",
+    "answers zh, bits per byte",
+    "change en",
+    "change zh",
+    "followed en",
+    "followed zh",
+    "stopped",
+    "text en, change",
+    "text zh, change",
+    "tokens",
+    "seconds",
+]
+
+
+@dataclass
+class Row:
+    axis: str
+    label: str
+    runs: list[Run]
+    of: Measured  # all seeds together
+    tokens: int  # of a run
+    seconds: float  # of a run, evaluation not counted
+
+
+def rows_of(runs: Iterable[Run], out: Path) -> list[Row]:
+    """A row for every place in the tables whose runs are finished."""
+    places: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        for place in run.places:
+            places.setdefault(place, []).append(run)
+    rows, read = [], {}
+    for (axis, label), listed in places.items():
+        folders = [[out / "runs" / run.name / str(n) for n in range(1, len(run.stages) + 1)] for run in listed]
+        if not all((stages[-1] / "eval/answers.jsonl").is_file() for stages in folders):
+            continue
+        for stages in folders:
+            if stages[-1] not in read:
+                read[stages[-1]] = figures.of_folder(stages[-1] / "eval")
+        sums = [json.loads((stage / "summary.json").read_text("utf-8")) for stages in folders for stage in stages]
+        tokens, seconds = (sum(s[key] for s in sums) / len(listed) for key in ("tokens", "seconds"))
+        of = figures.together([read[stages[-1]] for stages in folders])
+        rows.append(Row(axis, label, listed, of, round(tokens), seconds))
+    return rows
+
+
+def write(rows: list[Row], base: Measured, out: Path) -> str:
+    """The files; the tables as text."""
+    default = {row.axis == FINALS: row for row in reversed(rows) if not any(row.runs[0].changes)}
+    lines, table = [], []
+    for axis in dict.fromkeys(row.axis for row in rows):
+        table += ["", f"| {axis} | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
+        for row in (row for row in rows if row.axis == axis):
+            compared = default.get(axis == FINALS)
+            table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
+            lines += csv_lines(row, compared, base)
+    text = "\n".join(table[1:]) + "\n"
+    (out / "tables.md").write_text(text, "utf-8")
+    with open(out / "figures.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["axis", "label", "seeds", "measure", "part", "value", "low", "high", "items"])
+        writer.writerows(lines)
+    return text
+
+
+def cells(row: Row, default: Row | None, base: Measured) -> list[str]:
+    answers = [with_interval(row.of.get(("answers", language))) for language in LANGUAGES]
+    changes = [change(row, default and default.of, "answers", language) for language in LANGUAGES]
+    followed = [with_interval(row.of.get(("followed", language)), "%") for language in LANGUAGES]
+    forgotten = [change(row, base, "text", language) for language in LANGUAGES]
+    stopped = with_interval(row.of.get(("stopped", ALL)), "%")
+    return [*answers, *changes, *followed, stopped, *forgotten, f"{row.tokens:,}", f"{row.seconds:.0f}"]
+
+
+def with_interval(of: figures.Items | None, unit: str = "") -> str:
+    if of is None:
+        return "–"
+    values = (of.value(), *of.interval())
+    form = "{:.1%} ({:.1%} to {:.1%})" if unit == "%" else "{:.3f} ({:.3f} to {:.3f})"
+    return form.format(*values)
+
+
+def change(row: Row, other: Measured | None, measure: str, part: str) -> str:
+    mine, theirs = row.of.get((measure, part)), (other or {}).get((measure, part))
+    if mine is None or theirs is None or mine is theirs:
+        return "–"
+    low, high = mine.interval(theirs)
+    return f"{mine.value() / theirs.value() - 1:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def csv_lines(row: Row, default: Row | None, base: Measured) -> list[list[object]]:
+    about = [row.axis, row.label, len(row.runs)]
+    lines = []
+    for (measure, part), of in row.of.items():
+        lines.append([*about, measure, part, of.value(), *of.interval(), of.above.shape[1]])
+        compared = base if measure == "text" else default.of if default and default is not row else {}
+        if measure in ("answers", "text") and (theirs := compared.get((measure, part))):
+            value = of.value() / theirs.value() - 1
+            lines.append([*about, f"{measure}, change", part, value, *of.interval(theirs), of.above.shape[1]])
+    lines.append([*about, "tokens", "", row.tokens, "", "", ""])
+    lines.append([*about, "seconds", "", round(row.seconds, 1), "", "", ""])
+    return lines
+
+
+def draw(rows: list[Row], base: Measured, path: Path) -> str | None:
+    """The change of every run, answers and text; why not, where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "matplotlib is not installed: pip install -e '.[bench]'"
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    default = next((row for row in rows if row.axis != FINALS and not any(row.runs[0].changes)), None)
+    shown = [row for row in rows if row.axis != FINALS]
+    if default is None or not shown:
+        return "the plan's default is not finished"
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # the same figures give the same file
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.28 * len(shown)), sharey=True, layout="constrained")
+    sides = [("answers", default.of, "held-back answers against the default"), ("text", base, "text against the base")]
+    for panel, (measure, other, title) in zip(panels, sides, strict=True):
+        for offset, language, colour in ((-0.12, "en", "tab:blue"), (0.12, "zh", "tab:red")):
+            for at, row in enumerate(shown):
+                mine, theirs = row.of.get((measure, language)), other.get((measure, language))
+                if mine is None or theirs is None or mine is theirs:
+                    continue
+                low, high = mine.interval(theirs)
+                panel.plot([100 * low, 100 * high], [at + offset] * 2, color=colour, linewidth=1)
+                value = 100 * (mine.value() / theirs.value() - 1)
+                panel.plot(value, at + offset, "o", color=colour, markersize=4, label=language if not at else None)
+        panel.axvline(0, color="black", linewidth=0.5)
+        panel.set_xscale("symlog", linthresh=5)
+        panel.set_title(f"bits per byte of {title}, %")
+        panel.grid(axis="x", linewidth=0.3)
+    panels[0].set_yticks(range(len(shown)), [f"{row.axis}: {row.label}" for row in shown])
+    panels[0].invert_yaxis()
+    panels[1].legend(*panels[1].get_legend_handles_labels(), loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return None

@@ -1,0 +1,139 @@
+"""Runs of a study, each a process of train.py with its evaluation behind it, several at a time.
+
+    Run -> train.py recipe=sft …, a command a stage -> <out>/runs/<name>/<stage>/ with eval/ in the last
+
+What is finished is not begun again, what was broken off goes on: train.py's own doing.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from recipes.study.plan import OWN, Run
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+def word(value: object) -> str:
+    """A value as Hydra reads it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {word(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(word, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list[str]]]:
+    """The folder and the words of train.py of every stage."""
+    out = Path(plan["out"])
+    held_back = [str(out / "held-back" / f"{source}.jsonl") for source in plan["data"]]
+    made, base = [], plan["base"]
+    for number, stage in enumerate(run.stages, 1):
+        chosen = stage.get("sources") or list(plan["data"])
+        settings = {
+            "recipe": "sft",
+            "scale": plan["scale"],
+            "seed": run.seed,
+            "model.path": base,
+            "data.files": [str(out / "train" / f"{source}.jsonl") for source in chosen],
+            "data.decontaminate": str(out / "items"),
+            "data.cache": str(out / "cache"),
+            "output_dir": str(out / "runs" / run.name / str(number)),
+            "train.save_steps": 10**6,
+        } | {key: value for key, value in stage.items() if key not in OWN}
+        if stage.get("data.text.share"):
+            settings.setdefault("data.text.shards", plan["text"])
+        if number == len(run.stages):
+            tasks = ["references", "instruct_zh", "instruct_en", *(["text"] if text else [])]
+            settings["evaluate"] = {"tasks": tasks, "references": held_back} | plan["evaluate"]
+            if text:
+                settings["evaluate"]["text"] = text
+        folder = out / "runs" / run.name / str(number)
+        made.append((folder, [f"{key}={word(value)}" for key, value in settings.items()]))
+        base = f"{folder}/final"
+    return made
+
+
+def base_command(plan: dict, text: dict[str, str]) -> list[str]:
+    """The text before tuning."""
+    about = {"recipe": "eval", "scale": plan["scale"], "model.path": plan["base"], "eval.tasks": ["text"]}
+    about |= {"data.files": text, "output_dir": str(Path(plan["out"]) / "base")}
+    return [f"{key}={word(value)}" for key, value in about.items()]
+
+
+def is_done(folder: Path, command: list[str]) -> bool:
+    """Whether that command ended well in that folder."""
+    try:
+        return json.loads((folder / "study.json").read_text("utf-8")) == command
+    except (OSError, ValueError):
+        return False
+
+
+def run_all(jobs: dict[str, list[tuple[Path, list[str]]]], at_once: int, say: Callable[[str], None]) -> dict[str, str]:
+    """Each job's commands in order, jobs side by side; {job: why it failed}. Ctrl-C ends all in good order."""
+    waiting: queue.Queue = queue.Queue()
+    for job in jobs.items():
+        waiting.put(job)
+    failed: dict[str, str] = {}
+    is_over = threading.Event()
+
+    def work(slot: int) -> None:
+        while not is_over.is_set():
+            try:
+                name, commands = waiting.get_nowait()
+            except queue.Empty:
+                return
+            for folder, command in commands:
+                if is_done(folder, command):
+                    continue
+                say(f"  {name}")
+                if why := run_one(folder, command, slot, at_once):
+                    failed[name] = why
+                    say(f"  {name}: {why}")
+                    break
+
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(at_once)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # the processes have it too: same group
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        raise
+    return failed
+
+
+def run_one(folder: Path, command: list[str], slot: int, at_once: int) -> str | None:
+    """None when it ended well, else its last line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    mine = cores[slot::at_once]
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, len(mine)))}
+    if at_once > 1 and (gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))[slot:]:
+        env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+    log = folder.with_name(f"{folder.name}.log")
+    status = train(command, log, env, mine if at_once > 1 else [])
+    if status:
+        lines = log.read_text("utf-8", "replace").strip().splitlines() or [f"status {status}"]
+        return f"{lines[-1].split(chr(13))[-1]} ({log})"
+    (folder / "study.json").write_text(json.dumps(command), "utf-8")
+    return None
+
+
+def train(command: list[str], log: Path, env: dict[str, str], cores: list[int]) -> int:
+    """train.py in a process of its own, on these cores (none: all); its exit status."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *command], stdout=file, stderr=subprocess.STDOUT, env=env
+        )
+        if cores:
+            os.sched_setaffinity(process.pid, cores)
+        return process.wait()

@@ -1,0 +1,77 @@
+"""What is trained on and what is held back, by source, and text to tell forgetting by.
+
+    conversations of each source -> train/<source>.jsonl, held-back/<source>.jsonl, items/<source>.jsonl
+    held-back part of shards     -> text/<source>.<language>.jsonl
+
+Held back are those whose questions have the smallest hashes: the same on any machine, whatever else is in the files.
+items/ has their questions and answers as benchmark items, so that data.decontaminate= keeps copies of them out of what
+is trained on.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from aquila_sft.config.data import ConversationPolicy
+from aquila_sft.data import sources
+from aquila_sft.data.hygiene import judge, said_by
+from aquila_sft.data.shards import Prepared
+from aquila_sft.errors import UserError
+
+DOCUMENT_BYTES = 2000  # many short ones tell more than a few long ones
+
+
+def of_source(name: str, files: object, plan: dict, rules: ConversationPolicy, out: Path) -> None:
+    """The plan's `held_back` conversations of a source, and `train` others at most, none longer than `max_bytes`.
+
+    Raises UserError where there are too few.
+    """
+    held_back = plan["held_back"]
+    found = {}
+    for file in sources.find([files] if isinstance(files, str) else files, setting=f"data.{name}"):
+        for _, record in sources.read(file):
+            verdict = judge(record or {}, name, rules)
+            size = sum(len(m["content"].encode()) for m in verdict.messages)
+            if not verdict.reason and size <= plan["max_bytes"]:
+                asked = "\n".join(said_by(verdict.messages, "user"))
+                found.setdefault(hashlib.sha256(asked.encode()).digest(), verdict.messages)
+    chosen = [found[key] for key in sorted(found)]
+    if len(chosen) <= held_back:
+        raise UserError(f"data.{name}: {len(chosen)} conversations, {held_back} are to be held back; lower held_back=")
+    rest = chosen[held_back:]
+    for part, listed in (("held-back", chosen[:held_back]), ("train", rest[: plan["train"]])):
+        write(out / part / f"{name}.jsonl", [{"messages": messages, "source": name} for messages in listed])
+    items = [
+        {"question": "\n".join(m["content"] for m in messages[:-1]), "answer": messages[-1]["content"]}
+        for messages in chosen[:held_back]
+    ]
+    write(out / "items" / f"{name}.jsonl", items)
+
+
+def of_text(shards: Path, max_bytes: int, out: Path) -> dict[str, str]:
+    """About `max_bytes` of held-back documents of every part, as text; {source: file}. Of a long one its beginning."""
+    from aquila_sft.tokenizer import load_tokenizer
+
+    prepared = Prepared(shards)
+    tokenizer = load_tokenizer(prepared.tokenizer_folder)
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    files = {}
+    for name, part in prepared.held_back.items():
+        documents, size = [], 0
+        tokens, begins = part.read(0, part.tokens)
+        edges = [*begins.nonzero()[0].tolist(), part.tokens]
+        for start, end in zip(edges[:-1], edges[1:], strict=True):
+            whole = tokenizer.decode([i for i in tokens[start:end].tolist() if i not in marks])
+            text = whole.encode()[:DOCUMENT_BYTES].decode(errors="ignore")
+            documents.append({"text": text})
+            size += len(text.encode())
+            if size >= max_bytes:
+                break
+        files[name.replace(".", "_")] = write(out / "text" / f"{name}.jsonl", documents)
+    return files
+
+
+def write(file: Path, records: list[dict]) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    return str(file)

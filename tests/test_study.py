@@ -1,0 +1,206 @@
+"""recipes/study: a plan's runs, what is held back, intervals, tables, and a whole small study."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import warm
+import yaml
+from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
+
+import train as program
+from aquila_sft.errors import UserError
+from recipes.study import figures, plan, report, run, split
+from recipes.study.__main__ import main
+
+PLAN = {
+    "seed": 1,
+    "default": {"optim.lr": 1e-3, "train.num_epochs": 1},
+    "axes": {
+        "rate": {"low": {"optim.lr": 1e-4}, "high": {}},
+        "epochs": {"1": {}, "2": {"train.num_epochs": 2}},
+        "stages": {"two": [{"sources": ["a"]}, {"sources": ["b"]}]},
+    },
+    "finals": {"seeds": [1, 2], "runs": {"default": {}, "low": {"optim.lr": 1e-4}}},
+}
+
+
+def test_equal_settings_are_one_run_that_stands_in_every_table_that_names_it():
+    runs = {one.name: one for one in plan.runs_of(PLAN)}
+    assert list(runs) == ["rate-low", "rate-high", "epochs-2", "stages-two", "finals-default-2", "finals-low-2"]
+    assert runs["rate-high"].places == [("rate", "high"), ("epochs", "1"), ("finals", "default")]
+    assert runs["rate-low"].places == [("rate", "low"), ("finals", "low")]
+    assert [s["sources"] for s in runs["stages-two"].stages] == [["a"], ["b"]]
+    assert runs["epochs-2"].stages == [{"optim.lr": 1e-3, "train.num_epochs": 2}]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.a=x", "base=y", "learning=3"], "learning: no part of a plan"),
+        (["data.a=x"], "base= is missing"),
+        (["base=y"], "data= is missing"),
+    ],
+)
+def test_a_plan_with_a_slip_is_one_line(words, told):
+    with pytest.raises(UserError, match=told):
+        plan.read(str(Path(plan.__file__).with_name("plan.yaml")), words)
+
+
+def test_the_plan_that_is_there_has_two_dozen_runs_and_every_word_of_it_is_a_setting():
+    whole = plan.read(str(Path(plan.__file__).with_name("plan.yaml")), ["base=base", "text=shards", "data.a=x"])
+    runs = plan.runs_of(whole)
+    assert len([one for one in runs if any(axis != "finals" for axis, _ in one.places)]) >= 24
+    for one in runs:
+        for _, words in run.jobs_of(one, whole, {"a": "a.jsonl"}):
+            program.compose_run([word for word in words if not word.startswith("evaluate=")])
+
+
+def test_a_stage_starts_from_the_one_before_and_the_last_is_evaluated():
+    whole = PLAN | {"out": "o", "base": "b", "scale": "mini", "data": {"a": 0, "b": 0}, "evaluate": {"limit": 2}}
+    whole["text"] = "shards"
+    two = next(one for one in plan.runs_of(whole) if one.name == "stages-two")
+    (first, words1), (second, words2) = run.jobs_of(two, whole, {"t": "t.jsonl"})
+    assert (str(first), str(second)) == ("o/runs/stages-two/1", "o/runs/stages-two/2")
+    assert "model.path=b" in words1 and "model.path=o/runs/stages-two/1/final" in words2
+    assert "data.files=[o/train/a.jsonl]" in words1 and "data.files=[o/train/b.jsonl]" in words2
+    assert not any(word.startswith("evaluate=") for word in words1)
+    assert words2[-1] == (
+        "evaluate={tasks: [references, instruct_zh, instruct_en, text], references: [o/held-back/a.jsonl, "
+        "o/held-back/b.jsonl], limit: 2, text: {t: t.jsonl}}"
+    )
+
+
+def items(values, below):
+    return figures.Items(np.array(values, dtype=float), np.array(below, dtype=float))
+
+
+def test_a_value_is_a_ratio_of_sums_and_equal_items_leave_no_doubt():
+    one = items([[2.0, 4.0, 6.0]], [[1.0, 2.0, 3.0]])
+    assert one.value() == 2.0 and one.interval() == (2.0, 2.0)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        size = generator.integers(50, 150, 60).astype(float)
+        low, high = items([size * generator.normal(2.0, 0.3, 60)], [size]).interval()
+        covered += low < 2.0 < high
+    assert 85 <= covered <= 100  # 95 expected, standard deviation 2
+
+
+def test_two_runs_are_compared_on_the_same_items():
+    """One item is hard for both: it moves each value, and no ratio."""
+    generator = np.random.default_rng(0)
+    hard = generator.lognormal(0, 1, 40)
+    before, after = items([hard], [np.ones(40)]), items([0.9 * hard], [np.ones(40)])
+    low, high = before.interval()
+    assert high / low > 1.3
+    assert after.interval(before) == pytest.approx((-0.1, -0.1))
+
+
+def test_seeds_widen_an_interval_that_one_seed_would_make_too_small():
+    steady = np.ones((1, 30))
+    one, three = items(steady, steady), items(np.array([[0.9], [1.0], [1.1]]) * steady, np.ones((3, 30)))
+    assert one.interval() == (1.0, 1.0)
+    low, high = three.interval()
+    assert low < 0.95 and high > 1.05
+
+
+def test_what_is_held_back_is_neither_trained_on_nor_dependent_on_the_order(tmp_path):
+    records = tiny_conversations(60)
+    rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
+    told = {"held_back": 10, "train": 20, "max_bytes": 10_000}
+    for name, listed in (("one", records), ("two", records[::-1] + records)):
+        write_jsonl(tmp_path / f"{name}.jsonl", listed)
+        split.of_source("a", str(tmp_path / f"{name}.jsonl"), told, rules, tmp_path / name)
+    held, kept = ((tmp_path / "one" / part / "a.jsonl").read_text() for part in ("held-back", "train"))
+    assert len(held.splitlines()) == 10 and len(kept.splitlines()) == 20
+    assert not set(held.splitlines()) & set(kept.splitlines())
+    assert (tmp_path / "two/held-back/a.jsonl").read_text() == held
+    assert (tmp_path / "two/train/a.jsonl").read_text() == kept
+    with pytest.raises(UserError, match="54 conversations, 54 are to be held back"):
+        split.of_source("a", str(tmp_path / "one.jsonl"), told | {"held_back": 54}, rules, tmp_path)
+    split.of_source("a", str(tmp_path / "one.jsonl"), told | {"max_bytes": 300}, rules, tmp_path / "short")
+    for line in (tmp_path / "short/train/a.jsonl").read_text().splitlines():
+        assert sum(len(m["content"].encode()) for m in json.loads(line)["messages"]) <= 300
+
+
+def test_a_change_below_the_table_is_that_of_the_answers(tmp_path):
+    """Two runs whose answers differ by a tenth; text unchanged but in one language."""
+
+    def measured(factor, text):
+        return {
+            ("answers", "en"): items([[10.0, 20.0]], [[10.0, 10.0]]),
+            ("answers", "zh"): items([[factor * 10.0, factor * 30.0]], [[10.0, 10.0]]),
+            ("text", "en"): items([[text * 5.0, text * 7.0]], [[3.0, 4.0]]),
+            ("stopped", "all"): items([[1.0, 0.0, 1.0, 1.0]], [[1.0] * 4]),
+        }
+
+    def row(label, changes, of):
+        return report.Row("rate", label, [plan.Run(label, [{}], 1, changes)], of, 1000, 10.0)
+
+    rows = [row("high", [{}], measured(1.0, 1.0)), row("low", [{"optim.lr": 1}], measured(0.9, 1.1))]
+    told = report.write(rows, measured(1.0, 1.0), tmp_path)
+    low = next(line for line in told.splitlines() if line.startswith("| low"))
+    assert "| +0.0% (+0.0% to +0.0%) | -10.0% (-10.0% to -10.0%) |" in low and "| +10.0% (+10.0% to +10.0%) |" in low
+    assert "75.0% (" in low and low.count("–") == 3  # followed in no language, text of one
+    with open(tmp_path / "figures.csv", encoding="utf-8") as file:
+        lines = {(r["label"], r["measure"], r["part"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert lines["low", "answers, change", "zh"] == pytest.approx(-0.1)
+    assert lines["high", "answers", "zh"] == pytest.approx(2.0) and lines["low", "seconds", ""] == 10.0
+
+
+def test_a_whole_study_goes_on_where_it_was_broken_off_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tok"))
+    write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(60))
+    write_jsonl(tmp_path / "docs.jsonl", [{"text": f"{n}. {s} {s[::-1]}"} for n, s in enumerate(SENTENCES)])
+    begun = []
+
+    def warm_train(command, log, env, cores):
+        begun.append(next(word for word in command if word.startswith("output_dir=")).removeprefix("output_dir="))
+        done = warm.run(command, env=env)
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(run, "train", warm_train)
+    monkeypatch.setattr(os, "environ", os.environ | {"OMP_NUM_THREADS": "1"})
+    prepared = ["recipe=prepare", "scale=mini", f"tokenizer.path={tmp_path}/base", f"data.files={tmp_path}/docs.jsonl"]
+    prepared += [f"output_dir={tmp_path}/prepare", "prepare.clean.min_bytes=1", "prepare.holdout_fraction=0.2"]
+    assert warm.run(prepared).returncode == 0
+    written = PLAN | {
+        "scale": "mini",
+        "jobs": 2,
+        "held_back": 8,
+        "train": 30,
+        "max_bytes": 5000,
+        "text_bytes": 2000,
+        "evaluate": {"max_new_tokens": 4, "limit": 3},
+        "default": {"optim.lr": 1e-3, "train.max_steps": 2, "train.max_length": 128, "train.tokens_per_step": 256},
+        "axes": {"rate": {"high": {}, "none": {"optim.lr": -1}}},
+        "finals": {"seeds": [1, 2], "runs": {"default": {}}},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
+    out = tmp_path / "study"
+    words = [f"plan={tmp_path}/plan.yaml", f"base={tmp_path}/base", f"text={tmp_path}/prepare/final"]
+    words += [f"data.a={tmp_path}/chat.jsonl", f"out={out}"]
+    assert main(words) == 2
+    told = capsys.readouterr().out
+    assert "1 runs failed" in told and "rate-none: error: optim.lr=-1" in told, told
+    assert sorted(begun) == [str(out / part) for part in ("base", *(f"runs/{name}/1" for name in NAMES))]
+    table = (out / "tables.md").read_text()
+    labels = [line.split(" | ")[0] for line in table.splitlines()]
+    assert labels.count("| high") == labels.count("| default") == 1 and "| none" not in labels
+    assert (out / "changes.svg").is_file()
+    begun.clear()
+    assert main(words) == 2
+    assert begun == [str(out / "runs/rate-none/1")]  # the others are finished
+    assert (out / "tables.md").read_text() == table
+    assert main([*words, "only=nothing"]) == 2
+
+
+NAMES = ["finals-default-2", "rate-high", "rate-none"]
