@@ -12,7 +12,6 @@ A set is named by the beginning of its key. Who makes one holds its lock alone, 
 import contextlib
 import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,10 +64,10 @@ def prepared(folder: Path, key: dict, stack: contextlib.ExitStack, make: Callabl
 
 
 def sets(caches: list[Path]) -> list[Path]:
-    """Whole ones and half done ones."""
+    """Whole ones, half done ones, and what is left of half deleted ones."""
     return sorted(
         {
-            path.with_name(path.name.removeprefix(sft_set.ASIDE))
+            path.with_name(path.name.removeprefix(checkpoint.DELETING).removeprefix(sft_set.ASIDE))
             for cache in caches
             for path in cache.glob("*")
             if path.is_dir() and path.name != LOCKS
@@ -88,6 +87,7 @@ def chosen(caches: list[Path], name: str) -> Path:
 def line_of(folder: Path) -> str:
     about, ledger = sft_set.read_json(folder / sft_set.PREPARED), sft_set.read_json(folder / "ledger.json")
     paths = [folder, sft_set.aside_of(folder)]
+    paths += [checkpoint.leftover(path) for path in paths]
     files = [file for path in paths for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     with in_use(folder, alone=True, wait=False) as is_free:
@@ -111,11 +111,7 @@ def delete(caches: list[Path], name: str) -> None:
                 print(f"{folder}  in use, kept")
                 continue
             for path in (folder, sft_set.aside_of(folder)):
-                if path.is_dir():  # gone with one rename: what is half deleted must not look like a set
-                    away = path.with_name(f"{sft_set.ASIDE}deleted-{folder.name}")
-                    checkpoint.remove(away)
-                    os.rename(path, away)
-                    checkpoint.remove(away)
+                checkpoint.delete(path)
             print(f"{folder}  deleted")
 
 

@@ -25,6 +25,7 @@ from aquila_sft.errors import UserError, disk_fault
 
 MANIFEST = "MANIFEST.json"
 IS_STEP = re.compile(r"step-\d+")
+DELETING = ".deleting-"  # before the name of what is half gone
 SPARE = 2**24  # bytes left free beside a checkpoint: configuration, vocabulary, log
 
 
@@ -165,16 +166,23 @@ def keep_newest(parent: Path, count: int) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Whole under its name or not there: what is interrupted leaves half a folder under another one."""
-    away = folder.with_name(f".deleting-{folder.name}")
-    os.rename(folder, away)
-    sync(folder.parent)  # or a power cut could leave the old name on a folder that is half empty
-    shutil.rmtree(away)
+    """Whole under its name or not there: what is interrupted leaves half a folder as leftover(), which goes first."""
+    away = leftover(folder)
+    remove(away)
+    if folder.exists():
+        os.rename(folder, away)
+        sync(folder.parent)  # or a power cut could leave the old name on a folder that is half empty
+        remove(away)
+
+
+def leftover(folder: Path) -> Path:
+    """Where a folder is while it is deleted."""
+    return folder.with_name(f"{DELETING}{folder.name}")
 
 
 def clear_leftovers(parent: Path) -> None:
     """Remove what a killed process was writing or deleting."""
-    for left in [*parent.glob(".writing*"), *parent.glob(".deleting*")]:
+    for left in [*parent.glob(".writing*"), *parent.glob(f"{DELETING}*")]:
         remove(left)
 
 

@@ -90,6 +90,23 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
 
 
+def test_a_folder_is_whole_or_gone_and_what_a_kill_left_of_one_goes_before_its_namesake(tmp_path, monkeypatch):
+    def removes_a_file_and_dies(path):
+        (path / "model.bin").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", removes_a_file_and_dies)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.delete(write(tmp_path, 5))
+    left = checkpoint.leftover(checkpoint.folder(tmp_path, 5))
+    assert [path.name for path in tmp_path.iterdir()] == [left.name] and not (left / "model.bin").exists()
+    again = write(tmp_path, 5)
+    checkpoint.delete(again)
+    checkpoint.delete(again)  # none is there: nothing is wrong
+    assert not list(tmp_path.iterdir())
+
+
 @dataclasses.dataclass
 class Config:
     output_dir: str

@@ -15,7 +15,7 @@ import pytest
 from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 import train
-from aquila_sft import cache, chat_template
+from aquila_sft import cache, chat_template, checkpoint
 from aquila_sft.config.data import DamagedBlocks, Executor, Workers
 from aquila_sft.data import quarantine, sft_set, slices, sources, tasks
 from aquila_sft.data.chat_encoder import Encoder
@@ -117,7 +117,7 @@ def test_what_a_run_with_other_slices_had_half_deleted_is_not_taken_up_again(tmp
     sft_set.prepare(files, tmp_path / "unbroken", encode, policy(defaults), {}, workers(1, 0.01))
 
     def rmtree(path, *given, **named):
-        if kills and Path(path) == sft_set.aside_of(folder) and Path(path).is_dir():
+        if kills and Path(path) == checkpoint.leftover(sft_set.aside_of(folder)):
             for file in [*Path(path).glob("*/*/*")][::2]:
                 file.unlink()
             raise KeyboardInterrupt(kills.pop())
@@ -358,6 +358,28 @@ def test_a_set_in_use_is_not_deleted_and_an_idle_one_is(prepared, capsys):
         assert prepared.is_dir()
     assert cache.main(words) == 0 and not prepared.exists() and "deleted" in capsys.readouterr().out
     assert cache.sets([prepared.parent]) == []
+
+
+def test_a_set_that_is_half_deleted_is_listed_under_its_key_and_goes_for_good(prepared, monkeypatch):
+    shutil.copytree(prepared, aside := sft_set.aside_of(prepared))
+    words = [f"cache={prepared.parent}", "delete=0123"]
+
+    def names():
+        return {path.name for path in prepared.parent.glob("*")} - {cache.LOCKS}
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            cache.main(words)
+    assert names() == {checkpoint.leftover(prepared).name, aside.name}
+    os.rename(aside, checkpoint.leftover(aside))
+    assert cache.sets([prepared.parent]) == [prepared]
+    (checkpoint.leftover(aside) / "large").write_bytes(bytes(10**6))
+    assert "  not finished, 1.0 MB" in cache.line_of(prepared)
+    assert cache.main(words) == 0 and names() == set()
 
 
 def test_runs_share_a_set_and_only_its_maker_is_alone(prepared, capsys):

@@ -81,9 +81,10 @@ def prepare(
     first: only so many records are looked at. Raises NothingLeft when nothing is left to train on.
     """
     key = key_of(key if first is None else {**key, "first": first}, policy)
-    if (ledger := ledger_of(folder, key)) is not None:
-        return ledger
     aside = aside_of(folder)
+    if (ledger := ledger_of(folder, key)) is not None:
+        checkpoint.delete(aside)  # of one that was killed behind its last step
+        return ledger
     slice_bytes = int(workers.slice_mb * 2**20)
     is_little = first is not None or sum(file.stat().st_size for file in files) <= slice_bytes
     if first is None:
@@ -92,7 +93,7 @@ def prepare(
         cut = (whole(files),)
     about = {"key": key, "slices": [str(part) for part in cut]}
     if is_little or read_json(aside / "about.json") != about:  # what another key, or other slices, left half done
-        discard(aside)
+        checkpoint.delete(aside)
         check_disk(files, folder.parent)
     with checkpoint.room(folder.parent):
         checkpoint.make_folder(aside)
@@ -105,18 +106,10 @@ def prepare(
             raise NothingLeft(ledger, files)
         checkpoint.remove(made / checkpoint.MANIFEST)  # half of one
         (made / PREPARED).write_text(json.dumps({"key": key, "files": [str(file) for file in files]}))
-        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.delete(folder)
         checkpoint.commit(made, folder)
-        discard(aside)
+        checkpoint.delete(aside)
     return ledger
-
-
-def discard(aside: Path) -> None:
-    """First what says whose it is: half of it is then nobody's, and not taken up again."""
-    if aside.is_dir():
-        (aside / "about.json").unlink(missing_ok=True)
-        checkpoint.sync(aside)
-        shutil.rmtree(aside)
 
 
 def whole(files: list[Path]) -> slices.Slice:
