@@ -319,6 +319,40 @@ def test_lines_are_numbered_alike_in_slices_of_any_size(tmp_path):
         assert found == whole, size
 
 
+def test_the_lines_of_a_file_are_counted_once_for_an_unfinished_set_and_again_when_it_changed(
+    tmp_path, encode, defaults, monkeypatch
+):
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", tiny_conversations(20)) for name in "ab")
+    counted, kills = [], [2, 2, 2, 2]
+    monkeypatch.setattr(slices, "lines", lambda *of, own=slices.lines: counted.append(of[0].name) or own(*of))
+
+    def run(step, work, task, own=tasks.Step.run):
+        if not step.target(work, task).exists():
+            if kills and not kills[-1]:
+                raise KeyboardInterrupt(kills.pop())
+            own(step, work, task)
+            if kills:
+                kills[-1] -= 1
+
+    monkeypatch.setattr(tasks.Step, "run", run)
+
+    def killed() -> str:
+        before = len(counted)
+        with pytest.raises(KeyboardInterrupt):
+            sft_set.prepare([a, b], tmp_path / "set", encode, policy(defaults), {}, workers(1))
+        return "".join(name[0] for name in counted[before:])
+
+    assert killed() == "ab" and killed() == "ab", "written this instant, they could have changed without looking so"
+    monkeypatch.setattr(sources, "CLOCKS_NS", -1)
+    assert killed() == "ab" and killed() == ""
+    stat = b.stat()
+    b.write_bytes(b.read_bytes().replace(b"\n", b" ", 1))  # of the same size, dated back, its lines others
+    os.utime(b, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    ledger = sft_set.prepare([a, b], tmp_path / "set", encode, policy(defaults), {}, workers(1))
+    assert counted[-2:] == ["a.jsonl", "b.jsonl"]
+    assert ledger["reasons"]["not a JSON object"]["first"] == [f"{b}:1"] and ledger["read"] == 39
+
+
 def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, encode, defaults, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", tiny_conversations(20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))

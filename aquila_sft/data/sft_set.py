@@ -87,10 +87,9 @@ def prepare(
         return ledger
     slice_bytes = int(workers.slice_mb * 2**20)
     is_little = first is not None or sum(file.stat().st_size for file in files) <= slice_bytes
-    if first is None:
-        cut = tuple(slices.cut({"conversations": files}, slice_bytes))
-    else:
-        cut = (whole(files),)
+    origin = slices.origin({"conversations": files}, slice_bytes)
+    cut = [whole(files)] if first is not None else slices.kept(aside, origin)
+    cut = tuple(cut or slices.cut({"conversations": files}, slice_bytes))
     about = {"key": key, "slices": [str(part) for part in cut]}
     if is_little or read_json(aside / "about.json") != about:  # what another key, or other slices, left half done
         checkpoint.delete(aside)
@@ -98,6 +97,8 @@ def prepare(
     with checkpoint.room(folder.parent):
         checkpoint.make_folder(aside)
         (aside / "about.json").write_text(json.dumps(about))
+        if not is_little:
+            slices.keep(aside, origin, cut)
         work = Work(aside, cut, policy, encode, is_durable=not is_little, first=first)
         run(work, workers)
         made = aside / "rows" / "set"

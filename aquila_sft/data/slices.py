@@ -7,13 +7,16 @@ jsonl is cut at bytes, parquet at row groups; what is compressed, a json array o
 their order are the input in its order, so that what is made of them does not depend on their size either.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from aquila_sft import checkpoint
 from aquila_sft.data import documents, sources
 from aquila_sft.data.documents import Document, Refuse
 
+KEPT = "slices.json"  # in a folder of work: a cut, and of what
 READ = 2**20  # bytes in memory while lines are counted
 
 
@@ -53,6 +56,31 @@ def cut(files: dict[str, list[Path]], slice_bytes: int) -> list[Slice]:
                 size += piece_bytes
         slices.append(Slice(source, tuple(pieces)))
     return slices
+
+
+def origin(files: dict[str, list[Path]], slice_bytes: int) -> dict:
+    """What a cut follows from, before it is made; JSON."""
+    looks = {name: [[str(path), sources.settled_look(path)] for path in paths] for name, paths in files.items()}
+    return {"slice_bytes": slice_bytes, "files": looks}
+
+
+def keep(folder: Path, origin: dict, cut: Sequence[Slice]) -> None:
+    """For kept(): counting the lines of a terabyte takes its time."""
+    checkpoint.write_text(folder / KEPT, json.dumps({"origin": origin, "slices": [asdict(part) for part in cut]}))
+
+
+def kept(folder: Path, origin: dict) -> list[Slice] | None:
+    """The cut that was kept there, if it is of files that look as these do; None where one could have changed."""
+    file = folder / KEPT
+    if not file.is_file() or any(look is None for paths in origin["files"].values() for _, look in paths):
+        return None
+    try:
+        known = json.loads(file.read_text("utf-8"))
+    except ValueError:  # damaged: it is made again
+        return None
+    if known["origin"] != origin:
+        return None
+    return [Slice(part["source"], tuple(Piece(**piece) for piece in part["pieces"])) for part in known["slices"]]
 
 
 def pieces_of(path: Path, size: int) -> Iterator[tuple[Piece, int]]:

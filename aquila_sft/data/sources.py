@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 from aquila_sft.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+
+
+CLOCKS_NS = 2_000_000_000  # the coarsest times of change that a file system keeps
 
 
 def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: str = "data.files") -> list[Path]:
@@ -39,6 +43,18 @@ def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: 
 
 class Unreadable(UserError):
     """A file that is not what its name says; `where`: its line, as far as one is known."""
+
+
+def look(file: Path) -> list[int]:
+    """Size, inode, and when content and inode were changed: what a file's bytes cannot change without."""
+    about = file.stat()
+    return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
+
+
+def settled_look(file: Path) -> list[int] | None:
+    """The same, before reading; None for a file changed so lately that the clocks would not show another change."""
+    now = look(file)
+    return now if time.time_ns() - max(now[2:]) > CLOCKS_NS else None
 
     def __init__(self, message: str, where: str | None = None) -> None:
         super().__init__(message)

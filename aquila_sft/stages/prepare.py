@@ -15,7 +15,7 @@ from pathlib import Path
 from aquila_sft import checkpoint, hub, narration, prerequisites, run_dir, runtime
 from aquila_sft.config.data import Executor, PrepareData
 from aquila_sft.config.runs import PrepareRun
-from aquila_sft.data import documents
+from aquila_sft.data import documents, sources
 from aquila_sft.data.index_step import index_of
 from aquila_sft.data.ledger import why_left_out
 from aquila_sft.data.shards import Prepared
@@ -75,22 +75,15 @@ def files_of(vocabulary: Path) -> list[Path]:
 
 def hashes_of(files: dict[str, list[Path]], known: dict[str, dict]) -> dict[str, dict]:
     """{file: its sha256 and look}, several at once. One that looks as it is known is not read: not a terabyte a start.
-
-    look: size, inode, and when content and inode were changed. It is None for a file changed within the clocks'
-    precision before it was read, which could change again without looking so.
+    look: sources.settled_look, None for a file that could have changed again without looking so.
     """
 
-    def look(file: Path) -> list[int]:
-        about = file.stat()
-        return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
-
     def hashed(file: Path) -> dict:
-        before, now = look(file), time.time_ns()
-        is_settled = now - max(before[2:]) > 2e9
-        return {"sha256": checkpoint.sha256(file), "look": before if is_settled else None}
+        before = sources.settled_look(file)
+        return {"sha256": checkpoint.sha256(file), "look": before}
 
     paths = {str(path.absolute()): path for of_source in files.values() for path in of_source}
-    kept = {name: known[name] for name, path in paths.items() if name in known and known[name]["look"] == look(path)}
+    kept = {n: known[n] for n, path in paths.items() if n in known and known[n]["look"] == sources.look(path)}
     new = [path for name, path in paths.items() if name not in kept]
     size = sum(path.stat().st_size for path in new)
     if size > 1e9:
@@ -170,11 +163,14 @@ def prepare(
     sha256 = tokenizer_sha256(tokenizer)
     slice_bytes = int(cfg.prepare.slice_mb * 2**20)
     folder = work_folder(out, slice_bytes)
+    origin = slices.origin(files, slice_bytes)
+    cut = slices.kept(folder, origin) or slices.cut(files, slice_bytes)
+    slices.keep(folder, origin, cut)
     save_tokenizer(tokenizer, folder / "tokenizer")
     text_set.Encoder(tokenizer).save(folder / "encoder.json")
     work = steps.Work(
         folder=folder,
-        slices=tuple(slices.cut(files, slice_bytes)),
+        slices=tuple(cut),
         policy=cfg.prepare,
         text_column=cfg.data.text_column,
         encoder=folder / "encoder.json",
