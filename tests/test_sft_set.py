@@ -5,7 +5,12 @@ import dataclasses
 import fcntl
 import json
 import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 import train
 from aquila_sft import cache, chat_template, checkpoint
 from aquila_sft.config.data import DamagedBlocks, Executor, Workers
-from aquila_sft.data import quarantine, sft_set, slices, sources, tasks
+from aquila_sft.data import chat_encoder, quarantine, sft_set, slices, sources, tasks
 from aquila_sft.data.chat_encoder import Encoder
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.errors import UserError
@@ -163,6 +168,70 @@ def test_killed_before_any_step_is_visible_the_same_command_ends_with_the_same_b
     assert killed >= 8
     assert content(tmp_path / "set") == content(tmp_path / "unbroken")
     assert not sft_set.aside_of(tmp_path / "set").exists()
+
+
+PREPARING = """
+import pickle, sys
+from pathlib import Path
+from aquila_sft.data import chat_encoder, sft_set
+from aquila_sft.errors import UserError
+
+if __name__ == "__main__":  # and not in the processes of its pool
+    given, folder = map(Path, sys.argv[1:])
+    files, policy, workers = pickle.loads(given.read_bytes())
+    encode = chat_encoder.of_file("You are a helpful assistant", given.with_name("encoder.json"))
+    try:
+        sft_set.prepare(files, folder, encode, policy, {}, workers)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+"""
+
+
+def test_kill_9_of_a_worker_or_of_its_parent_ends_all_at_once_and_the_same_command_goes_on(
+    tmp_path, tokenizer, defaults
+):
+    files = [*messy(tmp_path), write_jsonl(tmp_path / "d.jsonl", tiny_conversations(400))]
+    (tmp_path / "encoder.json").write_text(tokenizer.backend_tokenizer.to_str())
+    encode = chat_encoder.of_file("You are a helpful assistant", tmp_path / "encoder.json")
+    sft_set.prepare(files, tmp_path / "unbroken", encode, policy(defaults), {}, workers(1, 0.01))
+    (tmp_path / "given").write_bytes(pickle.dumps((files, policy(defaults), workers(2, 0.01))))
+    (tmp_path / "preparing.py").write_text(PREPARING)
+    folder = tmp_path / "set"
+    command = [sys.executable, tmp_path / "preparing.py", tmp_path / "given", folder]
+    for step, whom in (("read", "worker"), ("tokenize", "worker"), ("tokenize", "parent")):
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        worker = wait_for(lambda pid=run.pid, step=step: at_work(sft_set.aside_of(folder) / step, pid))
+        pool = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        os.kill(worker if whom == "worker" else run.pid, signal.SIGKILL)
+        _, said = run.communicate(timeout=30)
+        if whom == "worker":
+            (line,) = [line for line in said.splitlines() if "error" in line.lower() or "Traceback" in line]
+            assert run.returncode == 1 and f"error: a process of the step {step} was killed" in line, said
+            assert "the same command goes on, with fewer data.workers= or a smaller data.slice_mb=" in line
+        assert len(pool) >= 3, "two workers and multiprocessing's own"
+        wait_for(lambda pids=pool: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        assert not folder.exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=60)
+    assert content(folder) == content(tmp_path / "unbroken")
+    assert not sft_set.aside_of(folder).exists()
+
+
+def at_work(step: Path, parent: int) -> int | None:
+    """A worker of `parent` that is in the middle of a task."""
+    for path in step.glob(f"{tasks.ASIDE}*"):
+        pid = int(path.name.rpartition("-")[2])
+        with contextlib.suppress(FileNotFoundError):
+            if f"PPid:\t{parent}\n" in Path(f"/proc/{pid}/status").read_text():
+                return pid
+    return None
+
+
+def wait_for(condition):
+    for _ in range(10_000):
+        if value := condition():
+            return value
+        time.sleep(0.003)
+    pytest.fail("nothing happened")
 
 
 def test_every_record_is_kept_or_in_the_quarantine_with_reason_place_and_original(tmp_path, encode, defaults):
