@@ -174,8 +174,10 @@ def names_in(folder: Path) -> list[str]:
 def missing_from(wanted: Wanted, names: list[str]) -> str | None:
     """What `names` lack to be all of `wanted`, as far as names can tell; None when nothing."""
     names = wanted.pick(names)
-    if wanted.kind == "dataset" and not names:
-        return f"no file {' or '.join(wanted.include)}"
+    if wanted.kind == "dataset":  # a part of it may have been fetched alone, as a folder of 7M_domains
+        for pattern in wanted.include:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                return f"no file {pattern}"
     if wanted.kind == "model":
         inside = f"{wanted.subset.strip('/')}/" if wanted.subset else ""
         if f"{inside}config.json" not in names:

@@ -33,8 +33,10 @@ REPOSITORIES = {
             "0625/train-00000-of-00002.parquet": b"PAR1 first",
             "0625/train-00001-of-00002.parquet": b"PAR1 second",
             "7M/train-00000-of-00001.parquet": b"PAR1 other subset",
-            "7M_domains/code/train-00000-of-00001.parquet": b"PAR1 code",
-            "7M_domains/math/train-00000-of-00001.parquet": b"PAR1 math",
+            **{
+                f"7M_domains/{domain}/train-00000-of-00001.parquet": f"PAR1 {domain}".encode()
+                for domain in ("code", "commonsense", "math", "subjective")
+            },
         },
     ),
     "models/BAAI/Aquila-135M": (
@@ -312,7 +314,19 @@ def test_a_file_that_vanished_from_the_cache_is_noticed_even_without_its_listing
 
 def test_domains_are_one_subset(ask, fake_hub):
     said = ask(DATA.replace("0625", "7M_domains"), fake_hub.url)
-    assert [Path(f).parent.name for f in said.out.split()[1:]] == ["code", "math"]
+    assert [Path(f).parent.name for f in said.out.split()[1:]] == ["code", "commonsense", "math", "subjective"]
+
+
+def test_a_domain_alone_is_fetched_alone_and_never_taken_for_all_of_them(ask, fake_hub, tmp_path):
+    alone = ask(DATA.replace("0625", "7M_domains/math"), fake_hub.url)
+    assert [Path(f).read_bytes() for f in alone.out.split()[1:]] == [b"PAR1 math"]
+    assert not any("code" in path for _, path in fake_hub.asked)
+    for listing in tmp_path.glob("hf/hub/*/trees/*"):  # written by recent versions of huggingface_hub only
+        listing.unlink()
+    fake_hub.stop()
+    assert ask(DATA.replace("0625", "7M_domains/math"), fake_hub.url).out == alone.out
+    all_of_them = ask(DATA.replace("0625", "7M_domains"), fake_hub.url)
+    assert_one_line_names_the_three_ways(all_of_them, "Connection refused")
 
 
 def test_a_broken_download_is_one_line_and_the_same_command_goes_on(ask, fake_hub):
@@ -435,6 +449,11 @@ def test_needs_hub_is_true_for_ids_only(tmp_path):
     "manifest, subset, message",
     [
         ("infinity_instruct", "625", "7M_core, 0625, .*did you mean 0625"),
+        (
+            "infinity_instruct",
+            "7M_domains/maths",
+            "7M_domains/code, 7M_domains/commonsense.*did you mean 7M_domains/math",
+        ),
         ("infinity_instruct", None, "data.subset=None is not one of 3M, 7M"),
         ("infinity-instruct", "0625", "data.manifest=infinity-instruct .*did you mean infinity_instruct"),
     ],
