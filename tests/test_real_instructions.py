@@ -114,9 +114,11 @@ def test_the_file_that_is_not_json_is_named_with_its_line(root, prepare):
         prepare([file])
     good = root / "instruct_infinity_schema/sample.jsonl"
     ledger, folder, _ = prepare([file, good], unreadable=DamagedBlocks.leave_out, holdout_fraction=0.0)
-    (line,) = quarantine.read(folder / quarantine.FILE)
-    assert line["where"].startswith(f"{file}:") and ledger["kept"] == 2
-    assert ledger["by_language"]["zh"]["kept"] == 2, "one of them says langdetect: ko"
+    (line,) = quarantine.read(folder / quarantine.FILE, "file that cannot be read")
+    assert line["where"] == f"{file}:14007", "a comma stands before its last bracket"
+    assert ledger["read"] == 2801 + 1 + 2, "what stands before it is read"
+    assert ledger["kept_by_source"]["Subjective"].keys() == {"zh"}, "one of them says langdetect: ko"
+    assert ledger["kept_by_source"]["Subjective"]["zh"]["rows"] == 2
 
 
 def test_the_chinese_file_that_is_english_is_counted_as_english(root, prepare):

@@ -5,6 +5,7 @@
 A line that is not a JSON object comes out as None and is the caller's to count: one bad line never ends a run.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
@@ -14,13 +15,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from aquila_sft.data import json_stream
 from aquila_sft.errors import UserError
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
-
-
 CLOCKS_NS = 2_000_000_000  # the coarsest times of change that a file system keeps
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 
 
 def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: str = "data.files") -> list[Path]:
@@ -41,10 +42,6 @@ def find(patterns: list[str], suffixes: tuple[str, ...] = SUFFIXES, *, setting: 
     return files
 
 
-class Unreadable(UserError):
-    """A file that is not what its name says; `where`: its line, as far as one is known."""
-
-
 def look(file: Path) -> list[int]:
     """Size, inode, and when content and inode were changed: what a file's bytes cannot change without."""
     about = file.stat()
@@ -55,6 +52,10 @@ def settled_look(file: Path) -> list[int] | None:
     """The same, before reading; None for a file changed so lately that the clocks would not show another change."""
     now = look(file)
     return now if time.time_ns() - max(now[2:]) > CLOCKS_NS else None
+
+
+class Unreadable(UserError):
+    """A file that is not what its name says; `where`: its line, as far as one is known."""
 
     def __init__(self, message: str, where: str | None = None) -> None:
         super().__init__(message)
@@ -144,23 +145,33 @@ def open_bytes(file: Path) -> io.BufferedIOBase:
 
 def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
     """A JSON array, or one object, or (as some name them) lines of JSON objects in a .json file."""
-    text = file.read_text("utf-8-sig")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        first = text.lstrip().split("\n", 1)[0].encode()
-        if isinstance(parsed(first), dict):
+    with open(file, "rb") as stream:
+        if has_lines(stream):
             yield from read_lines(file)
             return
-        raise Unreadable(
-            f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
-            "it out of data.files",
-            f"{file}:{error.lineno}",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{file}: JSON that cannot be read ({error}); leave it out of data.files") from None
-    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
-        yield f"{file}:{number}", record if isinstance(record, dict) else None
+        stream.seek(0)
+        try:
+            for number, record in enumerate(json_stream.values(stream), 1):
+                yield f"{file}:{number}", record if isinstance(record, dict) else None
+        except json.JSONDecodeError as error:
+            raise Unreadable(
+                f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file or leave "
+                "it out of data.files",
+                f"{file}:{error.lineno}",
+            ) from None
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"{file}: JSON that cannot be read ({error}); leave it out of data.files") from None
+
+
+def has_lines(stream: BinaryIO) -> bool:
+    """Whether the first line that is not blank is an object; an array on one line is not read for it."""
+    while line := stream.readline(2**16):
+        if line.strip():
+            begins = line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+            return begins and parsed(line if line.endswith(b"\n") else line + stream.readline()) is not None
+    return False
 
 
 def read_parquet(
