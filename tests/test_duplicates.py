@@ -233,3 +233,17 @@ def test_a_slice_finds_its_copies_of_all_ranges_in_one_file(tmp_path, monkeypatc
         assert [(number << duplicates.ROW_BITS) + row in of["00"] for row in range(9)] == equal.tolist()
         assert [(number << duplicates.ROW_BITS) + row in of["01"] | of["02"] for row in range(9)] == like.tolist()
     assert len(opened) == 5
+
+
+def test_keys_that_are_looked_through_are_in_memory_once_and_while_they_are_sorted(tmp_path):
+    count, draw = 50_000, np.random.default_rng(0)
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+        np.save(folder / "keys.npy", np.sort(draw.integers(0, 200 * count, (1, count)).astype(np.uint64)))
+        np.save(folder / "rows.npy", np.arange(count, dtype=np.uint32)[None])
+    tracemalloc.start()
+    found = duplicates.search(folders, 0, 0, 2**64 - 1, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) > 1000 and peak < 45 * count * len(folders), "data/README.md says 40 bytes each"

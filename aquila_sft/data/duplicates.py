@@ -129,7 +129,9 @@ def gathered(slices: list[Path], band: int, first: int, last: int) -> Iterator[n
                 batch, size = [leader, records[-1:]], 2
     if size:
         records = np.concatenate(batch)
-        yield records[np.argsort(records["key"], kind="stable")]  # slices came in order, so documents stay in theirs
+        batch.clear()  # and so once in memory, sorted, while they are looked through
+        records = records[np.argsort(records["key"], kind="stable")]  # slices came in order: documents stay in theirs
+        yield records
 
 
 def edges(folder: Path, band: int, first: int, last: int) -> tuple[int, int]:
