@@ -20,6 +20,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -262,13 +263,17 @@ class Narrator(TrainerCallback):
         self.trainer, self.rows, self.stop = trainer, rows, stop
         self.order = copy.copy(order)  # its own: the loader's runs ahead
         self.tokens = self.counted_steps = 0
+        self.text_rows: Counter = Counter()  # by part, with data.text
         self.bar: Bar | None = None
 
     def count_to(self, step: int) -> int:
         """Tokens trained on in the first `step` steps, padding not counted."""
         per_step = self.trainer.plan.rows_per_step
         for place in range(self.counted_steps * per_step, step * per_step):
-            self.tokens += self.rows.tokens(self.order(place))
+            row = self.order(place)
+            self.tokens += self.rows.tokens(row)
+            if row >= self.order.num_rows:
+                self.text_rows[self.rows.text_place(row)[0].part.name] += 1
         self.counted_steps = step
         return self.tokens
 

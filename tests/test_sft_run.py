@@ -367,6 +367,10 @@ def test_text_among_unpacked_conversations_is_trained_on_and_a_killed_run_goes_o
     parted.kill()
     assert run(words(world, tmp_path / "parted", *more)).returncode == 0
     assert same_weights(tmp_path / "parted/final", tmp_path / "whole/final")
+    ledgers = [json.loads((tmp_path / name / "ledger.json").read_text())["text"] for name in ("whole", "parted")]
+    assert ledgers[0] == ledgers[1] and ledgers[0]["shards"] == str(shards)
+    rows, order = round(ledger["kept"] / 3), RowOrder(ledger["kept"], 1337, 6 * 4, round(ledger["kept"] / 3))
+    assert sum(ledgers[0]["rows"].values()) == sum(order(place) >= ledger["kept"] for place in range(24)) <= rows
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,11 @@ def train(
 
     seconds, logged = metrics.seconds(), metrics.read()
     net = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no autocast in the merge gate
+    if text and runtime.is_main():
+        ledger = run_dir.read_json(out.path / "ledger.json")
+        trainer.narrator.count_to(plan.steps)
+        of_text = {"shards": str(text.folder), "shards_sha256": text.sha256, "rows": dict(trainer.narrator.text_rows)}
+        run_dir.write_json(out.path / "ledger.json", ledger | {"text": of_text})
     with checkpoint.room(out.path):
         gate = save_final(cfg, out, net, tokenizer) if runtime.is_main() else {}
     if runtime.is_main():
@@ -295,7 +300,8 @@ def save_final(cfg: SftRun, out: run_dir.RunDir, net, tokenizer) -> dict:
     shutil.rmtree(aside, ignore_errors=True)
     models.save(net, tokenizer, aside)
     ledger = run_dir.read_json(out.path / "ledger.json")
-    card = model_card(cfg, ledger["by_language"], f"{ledger['kept']:,} conversations")
+    trained_on = f"{ledger['kept']:,} conversations" + (" and text" if "text" in ledger else "")
+    card = model_card(cfg, ledger["by_language"], trained_on)
     (aside / "README.md").write_text(card, encoding="utf-8")
     checkpoint.commit(aside, out.final, recipe=cfg.recipe)
     return gate
