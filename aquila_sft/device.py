@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from aquila_sft import swap
+from aquila_sft.attention import BY_DOCUMENT
 from aquila_sft.config.model import Attention, KernelChoice, Precision, Train
 from aquila_sft.errors import UserError
 
@@ -88,10 +89,11 @@ def bf16_instructions() -> str:
 def choose_attention(asked: Attention, device: str, precision: Precision) -> tuple[str, str]:
     """Packed rows need attention that keeps conversations apart; settle.settle proves it for the one chosen.
 
-    All of these isolate by position_ids. On a GPU flash and flex attention skip what a conversation cannot see, where
-    sdpa computes and masks it; what that gains was not measured (kernels/bench/gpu.py does). Flex attention is compiled
-    by Triton, so it wants a GPU that Triton's kernels support. It is compiled again for rows that are one document, for
-    evaluation and for other shapes; after eight versions (torch's limit) it would run uncompiled, right but slow.
+    All of these isolate by position_ids. On a CPU a row is cut into its documents (attention.py). On a GPU flash and
+    flex attention skip what a conversation cannot see, where sdpa computes and masks it; what that gains was not
+    measured (kernels/bench/gpu.py does). Flex attention is compiled by Triton, so it wants a GPU that Triton's kernels
+    support. It is compiled again for rows that are one document, for evaluation and for other shapes; after eight
+    versions (torch's limit) it would run uncompiled, right but slow.
     """
     from transformers.utils import is_flash_attn_2_available
 
@@ -101,6 +103,8 @@ def choose_attention(asked: Attention, device: str, precision: Precision) -> tup
             return "flash_attention_2", "flash-attn is installed, and computes nothing between packed conversations"
         if swap.choose_kernel("auto", device)[0] == "triton":
             return "flex_attention", "skips blocks between packed conversations, compiled for this GPU"
+        if device == "cpu":
+            return BY_DOCUMENT, "each packed conversation by itself: what it cannot see is not computed"
         return "sdpa", "isolates packed conversations by their positions on every device"
     if asked is Attention.flash_attention_2 and not has_flash:
         raise UserError(

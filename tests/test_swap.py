@@ -44,7 +44,9 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from aquila_sft import attention as attentions
 from aquila_sft import device, settle, swap
+from aquila_sft.attention import BY_DOCUMENT
 from aquila_sft.config.model import Attention, Precision
 from aquila_sft.errors import Stopped, UserError
 
@@ -659,7 +661,7 @@ def attend(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", BY_DOCUMENT])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packed_conversations_are_what_each_is_alone(kind, attention):
     net = swapped(kind, attn_implementation=attention)
@@ -671,6 +673,25 @@ def test_packed_conversations_are_what_each_is_alone(kind, attention):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
     assert settle.settle(net.train(), "cpu", nullcontext(), asked=True) == attention
     assert net.training and all(p.grad is None for p in net.parameters())  # a run begins as if nothing had been
+
+
+def test_attention_by_document_trains_as_sdpa_does_and_its_documents_begin_where_positions_do():
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [3, 4, 5, 6, 0, 1]])  # one goes on from an earlier row
+    assert attentions.lengths_of(positions) == [3, 1, 2, 4, 2]
+    assert_trains_alike(swapped(attn_implementation=BY_DOCUMENT), built())
+
+
+def test_attention_by_document_refuses_what_positions_do_not_tell():
+    ids = torch.arange(12).view(2, 6)
+    net = built(attn_implementation=BY_DOCUMENT).eval()
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    for given, why in (({"attention_mask": padded}, "a mask of padding"), ({"max_new_tokens": 2}, "a mask or a cache")):
+        with pytest.raises(ValueError, match=f"{why}.*use sdpa"):
+            net.generate(ids, **given)
+    windowed = built("mistral", attn_implementation=BY_DOCUMENT, sliding_window=5)
+    with pytest.raises(ValueError, match="a document exceeds 5; use sdpa"):
+        windowed(ids)
+    windowed(ids[:, :5])
 
 
 def test_flex_attention_masks_packed_conversations_as_sdpa_does(monkeypatch):
@@ -736,7 +757,7 @@ def test_flash_attention_gets_its_rows_laid_end_to_end_and_isolates_them(attend)
 @pytest.mark.parametrize(
     "asked, where, has_flash, has_triton, precision, chosen",
     [
-        ("auto", "cpu", False, False, "fp32", "sdpa"),
+        ("auto", "cpu", False, False, "fp32", BY_DOCUMENT),
         ("auto", "mps", True, False, "fp32", "sdpa"),
         ("auto", "cuda", True, True, "bf16", "flash_attention_2"),
         ("auto", "cuda", True, True, "fp32", "flex_attention"),  # flash attention has no fp32

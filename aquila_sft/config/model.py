@@ -20,6 +20,7 @@ class Precision(enum.StrEnum):
 class Attention(enum.StrEnum):
     auto = "auto"
     sdpa = "sdpa"
+    sdpa_by_document = "sdpa_by_document"
     eager = "eager"
     flex_attention = "flex_attention"
     flash_attention_2 = "flash_attention_2"
