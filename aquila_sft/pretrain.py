@@ -168,7 +168,7 @@ class Trainer:
                 if keeps:
                     self.keep(done, update.lr)
                 if saves:
-                    self.save(done)
+                    self.save(done, last=done == last_step or stopped)
                 window.began += time.perf_counter() - paused
                 if stopped:
                     self.saver.finish()
@@ -285,7 +285,7 @@ class Trainer:
                 bits_per_byte=self.bits_per_byte.get(step),
             )
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, last: bool) -> None:
         """A checkpoint: a model folder that transformers loads, the optimizer's moments, and where the run is."""
         ledger = self.exchange()
         self.write(step, ledger=ledger.hash, rows=ledger.rows_of(self.loader.order.parts))
@@ -300,7 +300,7 @@ class Trainer:
                 checkpoint.sync(self.metrics.path)
 
             taken = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.saver.save(step, taken, fill, **{k: v for k, v in state.items() if k != "step"})
+            self.saver.save(step, taken, fill, last=last, **{k: v for k, v in state.items() if k != "step"})
 
     def state(self, step: int) -> dict:
         """All that going on needs beside weights and moments; under 1 KiB, whatever the run has read."""

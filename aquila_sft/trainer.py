@@ -244,7 +244,8 @@ class SftTrainer(SFTTrainer):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
         }
-        self.saver.save(step, taken, fill, places=step * self.plan.rows_per_step)
+        ends = self.control.should_training_stop
+        self.saver.save(step, taken, fill, last=ends, places=step * self.plan.rows_per_step)
 
 
 def seed_of(*numbers: int) -> int:

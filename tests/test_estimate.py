@@ -97,8 +97,8 @@ def test_a_copy_for_saving_is_there_beside_a_step_only_if_training_goes_on_after
     last, between = (
         memory(AQUILA, Portion(**given, trains_on_after_saving=is_so), None, program=0) for is_so in (False, True)
     )
-    assert between.parts["saving"] == last.parts["saving"] == 12 * AQUILA.parameters
-    assert between.peak == last.peak + 12 * AQUILA.parameters  # a step's activations are more than the copy
+    assert (between.parts["saving"], last.parts["saving"]) == (12 * AQUILA.parameters, 0)
+    assert between.peak == last.peak + 12 * AQUILA.parameters
     on_gpu = memory(AQUILA, Portion(**given | {"device": "cuda"}, trains_on_after_saving=True), None, program=0)
     assert on_gpu.parts["saving"] == 0
 

@@ -64,6 +64,17 @@ def test_a_save_waits_for_the_one_before_and_there_is_one_copy_of_the_state(tmp_
         assert sum(buffer.nbytes for buffer in saver.buffers.values()) == 6 * 4 + 4
 
 
+def test_the_last_state_is_written_without_a_copy_of_what_is_in_host_memory(tmp_path):
+    (fill := Fill()).go.set()
+    trained = state()
+    with Saver(tmp_path, None) as saver:
+        saver.save(1, trained, fill, last=True)
+        saver.finish()
+    assert fill.given[0]["model"]["head"].data_ptr() == trained["model"]["head"].data_ptr() and not saver.buffers
+    assert (tmp_path / "step-000001/head").read_text() == str(list(map(float, range(6))))
+    assert checkpoint.problem(tmp_path / "step-000001") is None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["head", "step"])
 def test_a_state_that_is_not_finite_is_no_checkpoint_and_the_ones_before_stay(tmp_path, value, where):

@@ -165,8 +165,7 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     program: what the process holds before there is a model (Python and its libraries; nothing on a GPU). heap: what the
     allocator of a CPU cannot give again.
     saving: the copy of weights (of an adapter its own) and moments that a thread writes while training goes on, kept
-    for the next one; in host memory, so on a CPU alone. Where the only checkpoint is the last, activations and
-    gradients have gone by then, and it counts where it is more than they were.
+    for the next one; in host memory, so on a CPU alone, and not where the only checkpoint is the last.
     Not in it: DoRA, a GPU's context, files that are mapped (the system takes them back when it needs room), and an
     evaluation, which keeps no activations.
     """
@@ -202,14 +201,12 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     ]
     standing = {"weights": weights, "optimizer": moments}
     most = dict(zip(("gradients", "activations", "logits"), map(max, zip(*moments_of_step, strict=True)), strict=True))
-    copy = 12 * trained if portion.device == "cpu" else 0
-    of_step = max(map(sum, moments_of_step))
-    tensors = sum(standing.values()) + of_step
+    copy = 12 * trained if portion.device == "cpu" and portion.trains_on_after_saving else 0
+    tensors = sum(standing.values()) + max(map(sum, moments_of_step))
     has_holes = portion.device == "cpu" and NO_HOLES not in os.environ
     holes = round(HOLES["adapter" if lora else "full"] * tensors) if has_holes else 0
-    beyond = copy if portion.trains_on_after_saving else max(copy - of_step, 0)
     parts = {"program": program} | standing | most | {"heap": holes, "saving": copy}
-    return Memory(parts, program + tensors + holes + beyond)
+    return Memory(parts, program + tensors + holes + copy)
 
 
 def disk(shape: Shape, lora: Lora | None, checkpoints: int, models: int = 0) -> tuple[int, int]:
