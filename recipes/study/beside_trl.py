@@ -38,6 +38,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,16 +56,19 @@ def main() -> int:
     parser.add_argument("words", nargs="+", help="settings of recipe=sft: model.path= data.files= train.…=")
     parser.add_argument("--out", type=Path, default=Path("outputs/beside_trl"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--packing", help="of TRL's, as a trial names them, such as 'bfd, 4 x 1 rows': without a trial")
     args = parser.parse_intermixed_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     about = apart(prepare, args.words, out)
     print(f"{about['conversations']:,} conversations in {about['rows']:,} rows, {about['supervised']:.1%} supervised")
 
-    tried = {name: run_trl(about, out / "trial", flags, TRIAL_STEPS) for name, flags in packings(about).items()}
-    for name, run in tried.items():
+    tried = {}
+    for name, flags in () if args.packing else packings(about).items():
+        tried[name] = run = run_trl(about, out / "trial", flags, TRIAL_STEPS)
         print(f"  TRL, {name}: {tokens_per_s(run):,.0f} tokens/s, {run['peak_bytes'] / 1e9:.2f} GB", flush=True)
-    best = max((name for name in tried if not name.startswith("wrapped")), key=lambda name: tokens_per_s(tried[name]))
+    keeping = [name for name in tried if not name.startswith("wrapped")]
+    best = args.packing or max(keeping, key=lambda name: tokens_per_s(tried[name]))
 
     runs = []
     for repeat in range(args.repeats):
@@ -239,9 +243,20 @@ def watch(command: list[str], about: dict, out: Path) -> tuple[list[tuple[float,
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(about["threads"]), "HF_HUB_OFFLINE": "1"}
     env |= {"HF_DATASETS_CACHE": f"{about['out']}/datasets", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+        cwd=ROOT,
+        start_new_session=True,
     )
-    lines = [(time.monotonic(), line.rstrip("\n")) for line in process.stdout]
+    try:
+        lines = [(time.monotonic(), line.rstrip("\n")) for line in process.stdout]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # trl's launcher would leave its worker behind
+        raise
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -324,7 +339,8 @@ def write(out: Path, about: dict, best: str, tried: dict[str, dict], runs: list[
         ours, theirs = ([t[name] for t in sides[side]] for side in ("ours", "TRL"))
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         text.append(f"| {name} | {spread(ours)} | {spread(theirs)} | {spread(ratios)} |")
-    text.append("\n| TRL's packing, one trial | tokens/s | peak GB |\n|---|---|---|")
+    if tried:
+        text.append("\n| TRL's packing, one trial | tokens/s | peak GB |\n|---|---|---|")
     text += [f"| {name} | {tokens_per_s(r):,.0f} | {r['peak_bytes'] / 1e9:.2f} |" for name, r in tried.items()]
     (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
