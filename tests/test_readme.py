@@ -99,7 +99,7 @@ def test_every_setting_that_the_readme_names_exists():
 
     known = {name for schema in SCHEMAS.values() for name in setting_names(schema)}
     for page in ("README.md", "README.zh-CN.md"):
-        named = set(re.findall(r"\b([a-z]+\.[a-z_]+)=", (ROOT / page).read_text("utf-8")))
+        named = set(re.findall(r"(?<![\w.])([a-z]+(?:\.[a-z_]+)+)=", (ROOT / page).read_text("utf-8")))
         assert named and named <= known, named - known
 
 
