@@ -12,6 +12,8 @@ A set is named by the beginning of its key. Who makes one holds its lock alone, 
 import contextlib
 import fcntl
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,9 @@ from aquila_sft.data import quarantine, sft_set
 from aquila_sft.errors import USER_ERROR, UserError
 
 LOCKS = ".locks"
+# What a set is called: made, half made, half deleted. Nothing under another name is ever listed or deleted.
+ASIDE = rf"(?:{re.escape(checkpoint.DELETING)})?(?:{re.escape(sft_set.ASIDE)})?"
+NAME = re.compile(rf"(?P<aside>{ASIDE})(?P<key>[0-9a-f]{{16}})")
 
 
 def folder_of(run: SftRun, key: dict) -> Path:
@@ -64,15 +69,18 @@ def prepared(folder: Path, key: dict, stack: contextlib.ExitStack, make: Callabl
 
 
 def sets(caches: list[Path]) -> list[Path]:
-    """Whole ones, half done ones, and what is left of half deleted ones."""
-    return sorted(
-        {
-            path.with_name(path.name.removeprefix(checkpoint.DELETING).removeprefix(sft_set.ASIDE))
-            for cache in caches
-            for path in cache.glob("*")
-            if path.is_dir() and path.name != LOCKS
-        }
-    )
+    """Whole ones, half done ones, and what is left of half deleted ones. Raises UserError for a folder that is none."""
+    found = set()
+    for cache in caches:
+        try:
+            paths = [Path(entry) for entry in os.scandir(cache) if entry.is_dir(follow_symlinks=False)]
+        except OSError as error:
+            raise UserError(f"cache={cache} cannot be read: {error.strerror}") from None
+        for path in paths:
+            name = NAME.fullmatch(path.name)
+            if name and (name["aside"] or (path / sft_set.PREPARED).is_file()):
+                found.add(cache / name["key"])
+    return sorted(found)
 
 
 def chosen(caches: list[Path], name: str) -> Path:
@@ -126,6 +134,8 @@ def main(words: list[str]) -> int:
         given = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
         if unknown := given.keys() - {"delete", "quarantine", "reason", "cache"}:
             raise UserError(f"{min(unknown)} is not one of delete=, quarantine=, reason=, cache=")
+        if empty := [name for name, value in given.items() if not value]:
+            raise UserError(f"{empty[0]}= has nothing behind it; python -m aquila_sft.cache lists what there is")
         caches = [Path(given["cache"])] if "cache" in given else sorted(Path("outputs").glob("*/cache"))
         if "delete" in given:
             delete(caches, given["delete"])
@@ -140,6 +150,9 @@ def main(words: list[str]) -> int:
         return USER_ERROR
     except BrokenPipeError:  # | head
         sys.stdout = None
+    except OSError as error:  # of locks, of sets of somebody else
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 

@@ -485,6 +485,34 @@ def test_a_set_that_is_half_deleted_is_listed_under_its_key_and_goes_for_good(pr
     assert cache.main(words) == 0 and names() == set()
 
 
+def test_nothing_but_prepared_sets_is_listed_or_deleted(prepared, capsys):
+    cache_folder = prepared.parent
+    others = [cache_folder / name for name in ("thesis", "fedcba9876543210", ".preparing-thesis", ".git")]
+    for other in others:
+        other.mkdir()
+        (other / "precious.txt").write_text("x")
+    left = [cache_folder / name for name in (".preparing-00000000000000aa", ".deleting-.preparing-00000000000000ab")]
+    for folder in left:
+        folder.mkdir()
+    (cache_folder / "00000000000000ac").symlink_to(prepared)
+    assert [path.name for path in cache.sets([cache_folder])] == [
+        "00000000000000aa", "00000000000000ab", "0123456789abcdef"
+    ]  # fmt: skip
+    assert cache.main([f"cache={cache_folder}", "delete=thesis"]) == 2
+    assert cache.main([f"cache={cache_folder}", "delete=all"]) == 0
+    assert not prepared.exists() and not any(folder.exists() for folder in left)
+    assert all((other / "precious.txt").read_text() == "x" for other in others)
+
+
+def test_a_folder_that_is_no_cache_stays_as_it_is_and_words_without_values_are_refused(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    for words in ([], ["delete=all"]):
+        assert cache.main([f"cache={tmp_path}", *words]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert cache.main([f"cache={tmp_path}", "delete="]) == 2 and "nothing behind it" in capsys.readouterr().err
+    assert cache.main([f"cache={tmp_path}/none"]) == 2 and "cannot be read: No such file" in capsys.readouterr().err
+
+
 def test_runs_share_a_set_and_only_its_maker_is_alone(prepared, capsys):
     key = json.loads((prepared / "prepared.json").read_text())["key"]
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
