@@ -197,6 +197,22 @@ def test_names_can_be_replaced(defaults):
     assert found.mended == ["another's name and maker replaced"]
 
 
+def test_only_what_the_model_says_of_itself_is_renamed_and_no_part_of_a_word(defaults):
+    own = {"identity": Fault.mend, "identity_name": "A\\1q", "identity_maker": "BAAI"}
+    answer = (
+        "I am ChatGPT, based on GPT-3.5, made by Meta. A metaphor is metadata; a bombardment by bards of Metallica. "
+        "ChatGPT is not made by Google, just google it. ChatGPTs? META."
+    )
+    assert contents(verdict(said("You?", answer), defaults, **own))[1] == (
+        "I am A\\1q, based on A\\1q, made by BAAI. A metaphor is metadata; a bombardment by bards of Metallica. "
+        "A\\1q is not made by Google, just google it. ChatGPTs? META."
+    )
+    answer = "我是ChatGPT，由OpenAI训练。百度是一家公司，ChatGPT不是它的。"
+    wanted = "我是A\\1q，由BAAI训练。百度是一家公司，A\\1q不是它的。"
+    assert contents(verdict(said("你是谁？", answer), defaults, **own))[1] == wanted
+    assert verdict(said("Who?", "我是bombardment的学生"), defaults, **own).mended == []
+
+
 def test_a_disclaimer_stays_unless_one_says_otherwise(defaults):
     record = said("Do you like it?", "As an AI language model, I do not.")
     assert verdict(record, defaults).reason is None

@@ -234,11 +234,13 @@ def placeholders(messages: Messages, record: dict, policy: ConversationPolicy, m
 
 # ---- who the model says to be
 
-NAMES = (
+# A Latin name stands alone: Meta is not in metaphor. A Chinese one has no blanks around it.
+ALONE = r"(?:(?<![A-Za-z0-9])|(?=[^A-Za-z0-9]))(?:{})(?:(?![A-Za-z])|(?<=[^A-Za-z0-9]))"
+NAMES = ALONE.format(
     r"ChatGPT|GPT-?[345](?:\.5)?(?:-turbo)?|Claude|Bard|Gemini|Copilot|Bing Chat|LLaMA|Llama|Alpaca|Vicuna|Qwen"
     r"|DeepSeek|ChatGLM|Mistral|Grok|文心一言|通义千问|讯飞星火|豆包|Kimi"
 )
-MAKERS = (
+MAKERS = ALONE.format(
     r"OpenAI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Meta(?: AI)?|Microsoft|Mistral AI|Alibaba(?: Cloud)?"
     r"|xAI|LMSYS|百度|阿里(?:巴巴|云)?|腾讯|字节跳动|微软|谷歌|清华(?:大学)?|智谱(?:AI)?|科大讯飞|深度求索"
 )
@@ -253,32 +255,45 @@ MADE_ZH = r"(?:开发|训练|创建|创造|研发|设计|推出|打造|构建|�
 # The speaker speaks of itself: "ChatGPT was developed by OpenAI" is a fact, "I was developed by OpenAI" is a claim.
 SELF = re.compile(
     rf"\b(?:I am|I'm|I’m|my name is|call me|this is)\s+(?:a |an |the |called |named )*(?:\w+[ ,-]+){{0,6}}?"
-    rf"(?:{NAMES})\b"
-    rf"|\bas (?:{NAMES}), I\b"
+    rf"{NAMES}\b"
+    rf"|\bas {NAMES}, I\b"
     rf"|\b(?:I am|I'm|I’m|I was|as an? (?:AI|artificial|large|language)\b|my (?:creators?|developers?|makers?)\b)"
-    rf"(?:(?!\bnot\b)[^.!?\n]){{0,80}}?\b(?:by|at|from|is|are|was)\s+(?:{MAKERS})\b"
-    rf"|\b(?:{MAKERS})\s+(?:{MADE})\s+me\b"
-    rf"|(?:我是|我叫|我的名字(?:是|叫)|我被称为|我来自)(?:[^。！？\n，,“”\"]{{0,16}}?)(?:{NAMES})"
-    rf"|作为(?:一[个款种名位])?(?:{NAMES})[，,]"
-    rf"|(?:我是|我被|我由|我来自|作为(?:一[个款种名位]|由))[^。！？\n]{{0,24}}?(?:{MAKERS})[^。！？\n]{{0,8}}?(?:{MADE_ZH}|的)"
-    rf"|(?:{MAKERS})(?:公司)?(?:{MADE_ZH})(?:了我|的我|出我)",
+    rf"(?:(?!\bnot\b)[^.!?\n]){{0,80}}?\b(?:by|at|from|is|are|was)\s+{MAKERS}\b"
+    rf"|\b{MAKERS}\s+(?:{MADE})\s+me\b"
+    rf"|(?:我是|我叫|我的名字(?:是|叫)|我被称为|我来自)(?:[^。！？\n，,“”\"]{{0,16}}?){NAMES}"
+    rf"|作为(?:一[个款种名位])?{NAMES}[，,]"
+    rf"|(?:我是|我被|我由|我来自|作为(?:一[个款种名位]|由))[^。！？\n]{{0,24}}?{MAKERS}[^。！？\n]{{0,8}}?(?:{MADE_ZH}|的)"
+    rf"|{MAKERS}(?:公司)?(?:{MADE_ZH})(?:了我|的我|出我)",
     re.IGNORECASE,
 )
 
 
+END = re.compile(r"[!?。！？\n]|\.(?=\s|$)|$")  # of a sentence; the point of GPT-3.5 is none
+
+
 def identity(messages: Messages, record: dict, policy: ConversationPolicy, mended: Mended) -> Messages:
-    """Answers in which the model says to be another one, or made by others."""
+    """Answers in which the model says to be another one, or made by others.
+
+    Mended, the names that it gives itself and its maker in those sentences go, wherever they stand in the answer; what
+    else it speaks of stays: other makers, and metaphors.
+    """
     if policy.identity is Fault.keep or not any(map(says_to_be_another, said_by(messages, "assistant"))):
         return messages
     if policy.identity is Fault.leave_out:
         raise Refused("says to be another's model")
     mended("another's name and maker replaced")
+    put_in = ((NAMES, policy.identity_name), (MAKERS, policy.identity_maker))
 
     def renamed(content: str, role: str) -> str:
         if role != "assistant" or not says_to_be_another(content):
             return content
-        content = re.sub(NAMES, policy.identity_name, content, flags=re.IGNORECASE)
-        return re.sub(MAKERS, policy.identity_maker, content, flags=re.IGNORECASE)
+        claims = [content[found.start() : END.search(content, found.end()).start()] for found in SELF.finditer(content)]
+        for kind, ours in put_in:
+            said = {found[0] for claim in claims for found in re.finditer(kind, claim, re.IGNORECASE)}
+            if said:  # the longest first: GPT-3.5 before GPT-3
+                theirs = ALONE.format("|".join(map(re.escape, sorted(said, key=len, reverse=True))))
+                content = re.sub(theirs, lambda _, ours=ours: ours, content)
+        return content
 
     return changed(messages, renamed)
 
