@@ -79,6 +79,20 @@ def test_a_folder_that_is_no_set_of_benchmarks_is_named(tmp_path):
         decontaminate.read(tmp_path)
 
 
+def test_links_are_followed_once_around_and_one_to_nothing_is_named(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_text(json.dumps({"question": "Why is it so?"}))
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name, target in (("linked", "../elsewhere"), ("b.jsonl", "../elsewhere/a.jsonl"), ("round", "../benchmarks")):
+        (folder / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert [item.benchmark for item in decontaminate.read(folder)] == ["b", "linked"]
+    (folder / "gone").symlink_to("../nowhere")
+    with pytest.raises(UserError, match="gone cannot be read: .*No such file"):
+        decontaminate.read(folder)
+
+
 def test_an_item_is_found_whatever_its_signs_width_case_and_layout():
     item = Item("b", "Which gas do plants take in when they turn sunlight into sugar, and what do they release?", ())
     index = Index([item], 13, 13)

@@ -167,12 +167,18 @@ def read(folder: Path, setting: str = "prepare.decontaminate") -> list[Item]:
     return items
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name.endswith(SUFFIXES) and path.name not in NOT_ITEMS
-    )
+def files(folder: Path, inside: tuple[Path, ...] = ()) -> list[Path]:
+    """All that may hold items, links followed; inside: the folders around it, into which no link leads again."""
+    found: list[Path] = []
+    inside = (*inside, folder.resolve())
+    with sources.readable(folder):
+        paths = sorted(folder.iterdir())
+    for path in paths:
+        if path.is_dir():
+            found += files(path, inside) if path.resolve() not in inside else []
+        elif path.name.endswith(SUFFIXES) and path.name not in NOT_ITEMS or not path.exists():
+            found.append(path)  # a link to nothing, too: reading it says so
+    return found
 
 
 def records(path: Path) -> Iterator[dict]:
