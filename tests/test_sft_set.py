@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import gzip
 import json
 import os
 import pickle
@@ -297,6 +298,36 @@ def test_a_file_that_is_not_json_stops_the_run_or_goes_into_the_quarantine(tmp_p
     ledger = sft_set.prepare(files, tmp_path / "set", encode, wanted, {})
     assert ledger["reasons"]["file that cannot be read"]["first"] == [f"{files[1]}:3", str(files[2])]
     assert ledger["kept"] + ledger["held_back"] == 9
+
+
+@pytest.mark.parametrize(
+    "made, why",
+    [
+        (lambda body: body.decode().encode("utf-16"), "it is UTF-16"),
+        (gzip.compress, r"its name should end with .gz"),
+        (lambda body: body.replace(b"\n", b"\r"), r"end with \\r alone"),
+        (lambda body: b"\x00\x01\n\xff", r"the first is b'.x00.x01.n'"),
+    ],
+)
+def test_lines_of_which_none_is_a_record_are_a_file_that_is_not_json(tmp_path, encode, defaults, made, why):
+    write_jsonl(tmp_path / "a.jsonl", tiny_conversations(9))
+    (tmp_path / "b.jsonl").write_bytes(made((tmp_path / "a.jsonl").read_bytes()))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    with pytest.raises(sources.Unreadable, match=f"b.jsonl: no line of it is a JSON object; .*{why}"):
+        sft_set.prepare(files, tmp_path / "set", encode, policy(defaults), {}, workers(1, 0.0001))
+    wanted = policy(defaults, unreadable=DamagedBlocks.leave_out)
+    ledger = sft_set.prepare(files, tmp_path / "set", encode, wanted, {})
+    assert ledger["reasons"]["file that cannot be read"]["first"] == [str(files[1])]
+    assert ledger["kept"] + ledger["held_back"] == 9
+
+
+def test_a_part_of_a_file_without_a_record_does_not_stop_the_run(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"broken\n" * 40 + b'{"a": 1}\n' + b"broken\n" * 40)
+    parts = slices.cut({"": [tmp_path / "a.jsonl"]}, 100)
+    assert len(parts) > 4
+    pieces = [piece for part in parts for piece in part.pieces]
+    found = [record for p in pieces for _, record in sources.read(Path(p.file), None, p.begin, p.end, p.first)]
+    assert [record for record in found if record] == [{"a": 1}] and len(found) == 81
 
 
 def test_copies_are_told_by_question_and_answer(tmp_path, encode, defaults):

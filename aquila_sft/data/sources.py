@@ -2,7 +2,8 @@
 
     paths, globs -> files -> (where, record | None)        where = "file:line", or "file:row" of a parquet file
 
-A line that is not a JSON object comes out as None and is the caller's to count: one bad line never ends a run.
+A line that is not a JSON object comes out as None and is the caller's to count: one bad line never ends a run. A file
+in which no line is one is not what its name says: Unreadable.
 """
 
 import codecs
@@ -10,6 +11,7 @@ import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import time
 import zlib
@@ -105,6 +107,7 @@ def read_lines(
     first: int = 1,
     on_broken: Callable[[bytes], None] = lambda line: None,
 ) -> Iterator[tuple[str, dict | None]]:
+    has_record, broken = False, None
     with open_bytes(file) as stream:
         at = begin
         if begin:  # the line that began before belongs to the part before
@@ -112,16 +115,37 @@ def read_lines(
             before = stream.readline()
             at += len(before) - 1
             first += len(before) > 1
+        line = b""
         # Bytes are split at \n only: str.splitlines would also split at U+0085 and U+2028 inside a record.
         for number, line in enumerate(stream, first):
             if end is not None and at >= end:
-                return
+                break
             if line.strip():
                 record = parsed(line)
                 if record is None:
+                    broken = broken or line
                     on_broken(line)
+                has_record = has_record or record is not None
                 yield f"{file}:{number}", record
             at += len(line)
+        if begin or has_record or broken is None:  # the first part of a file tells, for all of it
+            return
+        if all(parsed(line) is None for line in itertools.chain([line], stream)):
+            raise Unreadable(
+                f"{file}: no line of it is a JSON object; {what_instead(broken)}; mend the file or leave it out of "
+                "data.files"
+            )
+
+
+def what_instead(line: bytes) -> str:
+    """What a file is, as its first line shows, that is not lines of JSON in UTF-8."""
+    if line.startswith(b"\x1f\x8b"):
+        return "it is compressed: its name should end with .gz"
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is UTF-16, wanted is UTF-8"
+    if b"\r" in line.rstrip():
+        return "its lines end with \\r alone, wanted is \\n"
+    return f"the first is {line[:60]!r}"
 
 
 def parsed(line: bytes) -> dict | None:
