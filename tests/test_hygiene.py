@@ -57,6 +57,62 @@ def test_history_and_system_line_of_an_alpaca_record_come_first():
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": None, "input": None, "output": None, "prompt": "q", "response": "a"},
+        {"instruction": "", "input": " ", "prompt": "q", "output": None, "response": "a", "messages": None},
+        {"prompt": "", "question": "q", "output": [], "answer": "a"},
+        {"instruction": None, "input": "q", "context": None, "output": "a"},
+        {"conversations": [], "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [], "messages": "", "prompt": "q", "response": "a"},
+        {"conversations": [{"from": "human", "value": None, "content": "q"}, {"role": "Assistant ", "content": "a"}]},
+        {"messages": [{"role": " user", "value": "", "content": "q"}, {"role": "model", "value": "a"}]},
+    ],
+)
+def test_empty_slots_of_another_shape_do_not_hide_one_that_is_complete(record):
+    assert [m["content"] for m in conversations.normalise(record, "f").messages] == ["q", "a"]
+
+
+@pytest.mark.parametrize(
+    "record, why",
+    [
+        ({"messages": []}, "no turns"),
+        ({"messages": None, "conversations": None}, "none of the shapes of a conversation"),
+        ({"prompt": "q", "output": None}, "empty turn"),
+        ({"instruction": None, "input": "", "output": "a"}, "empty turn"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": {"value": "q"}}]}]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}, {"text": 5}]}]}, "not text"),
+    ],
+)
+def test_what_holds_no_conversation_or_no_text_is_refused_with_the_reason(record, why):
+    with pytest.raises(conversations.Refused, match=why):
+        conversations.normalise(record, "f")
+
+
+def test_the_name_of_a_source_is_one_that_a_terminal_and_a_file_can_hold():
+    assert conversations.source_of({"source": "a\ud800\x1b[31m\n维基 x"}, "f") == "a\\ud800\\x1b[31m\\n维基 x"
+    assert conversations.source_of({"source": ""}, "f\t") == "f\\t"
+
+
+def test_a_record_nested_deeply_is_one_record_that_is_left_out(defaults):
+    deep = "x"
+    for level in range(5000):
+        deep = [deep] if level % 2 else {"a": deep}
+    assert verdict({"a": deep}, defaults).reason == "none of the shapes of a conversation"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": deep}]
+    assert verdict({"messages": turns}, defaults).reason == "nested too deeply"
+    assert conversations.any_text([{"a": "b", "role": "user"}, [], ["c", 1, {"d": "e"}]]) == "b  c  e"
+
+
+@pytest.mark.parametrize("weight", ["1", 1.0, None])
+def test_a_weight_of_one_is_one_however_it_is_written(weight):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": weight}]
+    assert len(conversations.normalise({"messages": turns}, "f").messages) == 2
+    with pytest.raises(conversations.Refused, match="weight in the loss is 0"):
+        conversations.normalise({"messages": [turns[0], turns[1] | {"loss_weight": None, "weight": 0}]}, "f")
+
+
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])
 def test_an_answer_that_its_record_does_not_want_learnt_is_not_learnt_in_silence(key):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: 0.0}]
@@ -97,6 +153,17 @@ def test_turns_of_tools_are_left_out_or_become_answers_and_questions(defaults):
     assert found.messages[0]["content"] == TOOLS["tools"]
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_what_is_said_beside_a_call_stays_before_it(defaults, key):
+    turns = [("user", "Weather?", None), ("assistant", "I look.", [{"f": "晴"}]), ("tool", "sun", None)]
+    turns = [{"role": role, "content": content, key: calls} for role, content, calls in turns]
+    record = {"messages": [*turns, {"role": "assistant", "content": "Sunny."}]}
+    found = contents(verdict(record, defaults, tools=Fault.mend))
+    assert found == ["Weather?", 'I look.\n[{"f": "晴"}]', "sun", "Sunny."]
+    turns[1]["content"] = None
+    assert contents(verdict(record, defaults, tools=Fault.mend))[1] == '[{"f": "晴"}]'
+
+
 def test_a_question_that_nobody_answers_is_cut(defaults):
     found = verdict(said("a?", "b", "c?"), defaults)
     assert contents(found) == ["a?", "b"] and found.mended == ["last question, without an answer, cut"]
@@ -108,6 +175,11 @@ def test_control_characters_go_and_joiners_stay(defaults):
     assert contents(found) == ["ab\nc", "👩\u200d💻\nok\tand"] and len(found.mended) == 1
     assert verdict(said("a\x07", "b"), defaults, control_characters=Fault.leave_out).reason == "control characters"
     assert contents(verdict(said("a\x07", "b"), defaults, control_characters=Fault.keep)) == ["a\x07", "b"]
+
+
+def test_a_turn_of_control_characters_alone_is_an_empty_turn(defaults):
+    for changes in ({}, {"markers": Fault.keep, "html": Fault.keep}):
+        assert verdict(said("a?", "\u200b"), defaults, **changes).reason == "empty turn"
 
 
 def test_text_that_a_decoder_broke_cannot_be_mended(defaults):

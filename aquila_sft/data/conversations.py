@@ -55,6 +55,10 @@ class Refused(ValueError):
     """A record that is left out; `args[0]` is the reason as the ledger counts it."""
 
 
+class NoPair(Refused):
+    """It has neither the slots of Alpaca nor those of a pair."""
+
+
 def normalise(record: dict, default_source: str) -> Conversation:
     """By the rules of this module alone. Raises Refused with the reason.
 
@@ -65,9 +69,21 @@ def normalise(record: dict, default_source: str) -> Conversation:
 
 
 def source_of(record: dict, default: str) -> str:
-    """Where a record says it comes from; `default` when it does not say."""
+    """Where a record says it comes from; `default` when it does not say. What a terminal would obey is spelt out."""
     source = record.get("source")
-    return source if isinstance(source, str) and source else default
+    source = source if isinstance(source, str) and source else default
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in source)
+
+
+def is_empty(value: object) -> bool:
+    """As a slot of one shape is, where files of several shapes were joined into one table."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def filled(record: dict, keys: tuple[str, ...]) -> str | None:
+    """The first of some slots that holds anything, or that is there at all."""
+    there = [key for key in keys if key in record]
+    return next((key for key in there if not is_empty(record[key])), there[0] if there else None)
 
 
 def messages_of(record: dict) -> list[dict]:
@@ -77,9 +93,12 @@ def messages_of(record: dict) -> list[dict]:
         if isinstance(turns, list) and turns:
             # FlagAI's files and others have the system line beside the turns, mostly empty
             return with_system([message(turn) for turn in turns], record.get("system") or record.get("instruction"))
-        if turns is not None:
-            raise Refused("no turns")
-    return pair_of(record)
+    try:
+        return pair_of(record)
+    except NoPair:
+        if record.get("conversations") is not None or record.get("messages") is not None:
+            raise Refused("no turns") from None
+        raise
 
 
 def with_system(messages: list[dict], line: object) -> list[dict]:
@@ -93,18 +112,17 @@ def with_system(messages: list[dict], line: object) -> list[dict]:
 
 def pair_of(record: dict) -> list[dict]:
     """The one exchange of an Alpaca record or of a pair; `history` holds those before it."""
-    asked = ["instruction"] if "instruction" in record else [key for key in QUESTIONS if key in record][:1]
-    answers = [key for key in OUTPUTS if key in record and key not in asked]
-    if not asked or not answers:
-        raise Refused("none of the shapes of a conversation")
-    question = text_of(record[asked[0]])
-    if asked == ["instruction"]:
-        slots = [question, *(text_of(record[key]) for key in INPUTS if key in record)]
+    asked, answer = filled(record, ("instruction", *QUESTIONS)), filled(record, OUTPUTS)
+    if asked is None or answer is None:
+        raise NoPair("none of the shapes of a conversation")
+    question = text_of(record[asked])
+    if "instruction" in record and asked in ("instruction", "input"):
+        slots = [text_of(record[key]) for key in ("instruction", *INPUTS) if key in record]
         question = "\n".join(slot for slot in slots if slot.strip())
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Refused("history that is not pairs of question and answer")
-    exchanges = [*((text_of(q), text_of(a)) for q, a in history), (question, text_of(record[answers[0]]))]
+    exchanges = [*((text_of(q), text_of(a)) for q, a in history), (question, text_of(record[answer]))]
     messages = [
         {"role": r, "content": c} for pair in exchanges for r, c in zip(("user", "assistant"), pair, strict=True)
     ]
@@ -115,16 +133,16 @@ def message(turn: object) -> dict:
     if not isinstance(turn, dict):
         raise Refused("a turn is not an object")
     role = turn.get("from") or turn.get("role")
-    content = turn.get("value") if "value" in turn else turn.get("content")
-    if not isinstance(role, str) or role.lower() not in ROLES:
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise Refused(f"unknown role {role!r}"[:60])
-    role = ROLES[role.lower()]
-    if turn.get("tool_calls"):
-        role, content = CALL, json.dumps(turn["tool_calls"], ensure_ascii=False)
-    weight = turn.get("loss_weight", turn.get("weight", 1))
-    if role == "assistant" and weight != 1 and weight is not None:
+    role, content = ROLES[role.strip().lower()], text_of(turn.get(filled(turn, ("value", "content"))))
+    if calls := turn.get("tool_calls") or turn.get("function_call"):
+        calls = calls if isinstance(calls, str) else json.dumps(calls, ensure_ascii=False)
+        role, content = CALL, text_of(f"{content}\n{calls}" if content.strip() else calls)
+    weight = turn.get("weight") if turn.get("loss_weight") is None else turn["loss_weight"]
+    if role == "assistant" and weight not in (None, 1, "1", "1.0"):
         raise Refused(f"an answer whose weight in the loss is {weight!r}"[:60])
-    return {"role": role, "content": text_of(content)}
+    return {"role": role, "content": content}
 
 
 def text_of(content: object) -> str:
@@ -133,7 +151,9 @@ def text_of(content: object) -> str:
         if not all(isinstance(p, dict) and p.get("type", "text") == "text" for p in content):
             raise Refused("content that is not text")
         parts = [p.get("text") if p.get("text") is not None else p.get("value") for p in content]
-        content = "".join(p for p in parts if isinstance(p, str))
+        if not all(part is None or isinstance(part, str) for part in parts):
+            raise Refused("content that is not text")
+        content = "".join(part for part in parts if part is not None)
     if content is None:
         return ""
     if not isinstance(content, str):
@@ -189,11 +209,16 @@ def language(text: str) -> str:
 
 def any_text(value: object) -> str:
     """The strings inside a record that is no conversation, roles and keys left out: enough to tell its language."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        return " ".join(any_text(v) for k, v in value.items() if k not in ("from", "role", "id", "source", "type"))
-    return " ".join(any_text(v) for v in value) if isinstance(value, list) else ""
+    found, waiting = [], [value]
+    while waiting:  # no recursion: a record may be nested as deeply as JSON can be read
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            inner = [v for k, v in inner.items() if k not in ("from", "role", "id", "source", "type")]
+        if isinstance(inner, list):
+            waiting += reversed(inner or [""])
+        else:
+            found.append(inner if isinstance(inner, str) else "")
+    return " ".join(found)
 
 
 def answer_bytes(messages: list[dict]) -> int:

@@ -44,6 +44,8 @@ def judge(record: dict, default_source: str, policy: ConversationPolicy) -> Verd
             messages = rule(messages, record, policy, mended.append)
     except Refused as refused:
         reason = refused.args[0]
+    except RecursionError:  # calls of tools become JSON
+        reason = "nested too deeply"
     text = "\n".join(m["content"] for m in messages) or conversations.any_text(record)
     language = language_of(text, policy.detector)
     if reason is None and policy.languages is not None and language not in policy.languages:
@@ -322,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     last_turn,
     order,
     control_characters,
+    order,  # a turn of zero width spaces alone is empty now
     html_remnants,
     markers,
     placeholders,
