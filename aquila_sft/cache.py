@@ -25,6 +25,7 @@ from aquila_sft.data import quarantine, sft_set
 from aquila_sft.errors import USER_ERROR, UserError
 
 LOCKS = ".locks"
+NO_UTF8 = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs, and bytes that were no text
 # What a set is called: made, half made, half deleted. Nothing under another name is ever listed or deleted.
 ASIDE = rf"(?:{re.escape(checkpoint.DELETING)})?(?:{re.escape(sft_set.ASIDE)})?"
 NAME = re.compile(rf"(?P<aside>{ASIDE})(?P<key>[0-9a-f]{{16}})")
@@ -126,7 +127,9 @@ def delete(caches: list[Path], name: str) -> None:
 def quarantined(caches: list[Path], name: str, reason: str | None) -> None:
     file = Path(name) if Path(name).exists() else chosen(caches, name)
     for line in quarantine.read(file / quarantine.FILE if file.is_dir() else file, reason):
-        print(json.dumps(line if reason is None else line["record"], ensure_ascii=False))
+        told = line if reason is None else line["record"]
+        text = json.dumps(told, ensure_ascii=False)
+        print(json.dumps(told) if NO_UTF8.search(text) else text)
 
 
 def main(words: list[str]) -> int:

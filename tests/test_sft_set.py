@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import gzip
 import json
@@ -251,7 +252,7 @@ def test_every_record_is_kept_or_in_the_quarantine_with_reason_place_and_origina
             assert line["record"] == json.loads(originals[line["where"]])
     broken = reasons["not a JSON object"]
     assert [b["where"] for b in broken] == [f"{files[0]}:71", f"{files[0]}:72"]
-    assert broken[0]["record"] == '{"half": \n' and broken[1]["record"].startswith("\ufffd")
+    assert broken[0]["record"] == '{"half": \n' and broken[1]["record"] == "\udcff\udcfe\n"
     assert {r: len(found) for r, found in reasons.items() if not r.startswith("copy")} == {
         "not a JSON object": 2,
         "says to be another's model": 1,
@@ -262,6 +263,38 @@ def test_every_record_is_kept_or_in_the_quarantine_with_reason_place_and_origina
     }
     assert len(reasons["copy of an earlier conversation"]) >= 15
     assert ledger["mended"]["remnants of HTML taken out"]["records"] == 1
+
+
+def not_utf8(*texts: bytes) -> pyarrow.Array:
+    """Strings, which parquet does not look into."""
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(texts), pyarrow.array(texts, pyarrow.binary()).buffers())
+
+
+def test_what_is_no_text_is_read_back_from_the_quarantine_as_it_was(tmp_path, encode, defaults, capsys):
+    line = '{"prompt":"首都？","response":"北京"}\n'.encode("gbk")
+    write_jsonl(tmp_path / "a.jsonl", tiny_conversations(9))
+    with open(tmp_path / "a.jsonl", "ab") as file:
+        file.write(line)
+    turns = pyarrow.StructArray.from_arrays(
+        [pyarrow.array(["gpt"] * 2), not_utf8(b"ok", b"\xff bad")], ["role", "text"]
+    )
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), turns)
+    table = pyarrow.table({"messages": lists, "kind": not_utf8(b"x", b"\xfe"), "day": [datetime.date(2020, 1, 2)] * 2})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
+    sft_set.prepare(files, tmp_path / "set", encode, policy(defaults), {})
+    found = {q["where"]: q["record"] for q in quarantine.read(tmp_path / "set" / quarantine.FILE, "not a JSON")}
+    assert found[f"{files[0]}:10"].encode("utf-8", "surrogateescape") == line
+    assert found == {
+        f"{files[0]}:10": found[f"{files[0]}:10"],
+        f"{files[1]}:2": {
+            "messages": [{"role": "gpt", "text": "\udcff bad"}], "kind": "\udcfe", "day": "2020-01-02"
+        },
+    }  # fmt: skip
+    assert cache.main([f"quarantine={tmp_path}/set", "reason=not"]) == 0
+    assert [json.loads(text) for text in capsys.readouterr().out.splitlines()] == list(found.values())
+    assert cache.main([f"quarantine={tmp_path}/a.jsonl"]) == 2
+    assert "a.jsonl:1: no line of a quarantine" in capsys.readouterr().err
 
 
 def test_the_ledger_has_rows_tokens_and_answer_tokens_by_source_language_and_reason(

@@ -3,6 +3,8 @@
     record, reason, place -> Writer -> quarantine.jsonl.zst -> read -> the same
 
 A line is {"reason", "where", "language", "source", "record"}; the record of a line that is no JSON object is its text.
+What was read can be read back: bytes that are no UTF-8 stand in a text as surrogateescape has them, so that
+`text.encode("utf-8", "surrogateescape")` are the bytes.
 """
 
 import json
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from aquila_sft.data import sources
 from aquila_sft.data.hygiene import Verdict
+from aquila_sft.errors import UserError
 
 FILE = "quarantine.jsonl.zst"
 
@@ -30,11 +33,18 @@ class Writer:
     def add(self, reason: str, where: str, verdict: Verdict, record: object) -> None:
         about = {"reason": reason, "where": where, "language": verdict.language, "source": verdict.source}
         # ASCII: a record may hold half of a surrogate pair, which no UTF-8 can
-        self.stream.write(json.dumps(about | {"record": record}, default=str).encode() + b"\n")
+        self.stream.write(json.dumps(about | {"record": record}, default=text_of).encode() + b"\n")
+
+
+def text_of(value: object) -> str:
+    """Of bytes, and of what else JSON has no type for, such as dates."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def read(file: Path, reason: str | None = None) -> Iterator[dict]:
-    """All lines, or those whose reason begins so."""
-    for _, line in sources.read(file):
-        if line is not None and (reason is None or line["reason"].startswith(reason)):
+    """All lines, or those whose reason begins so. Raises UserError for a file of anything else."""
+    for where, line in sources.read(file):
+        if line is None or not isinstance(line.get("reason"), str) or not {"where", "record"} <= line.keys():
+            raise UserError(f"{where}: no line of a quarantine, which has reason, where and record")
+        if reason is None or line["reason"].startswith(reason):
             yield line

@@ -35,7 +35,7 @@ BATCH = 512  # conversations tokenized together
 COPIED = 2**22  # tokens in memory while a part is put together
 
 Encoder = Callable[[list[Messages]], list[tuple[list[int], list[bool]]]]
-Found = tuple[str, object, Verdict]  # where it stood, the record (text where it is no JSON object), what became of it
+Found = tuple[str, object, Verdict]  # where it stood, the record (what was read, where it is none), what became of it
 
 # What is known of a conversation beside its ids; number: the first 64 bits of its sha256; group: its place in
 # groups.json, [[language, source], …].
@@ -103,15 +103,19 @@ def judged(piece_of: Slice, policy: RowPolicy) -> Iterator[Found]:
     for piece in piece_of.pieces:
         file = Path(piece.file)
         name = f"{file.parent.name}/{file.name}"
-        broken: list[bytes] = []
+        broken: list[object] = []
         read = sources.read(file, None, piece.begin, piece.end, piece.first, broken.append)
         try:
             for where, record in read:
                 if record is not None:
                     yield where, record, judge(record, name, policy.clean)
                 else:
-                    text = broken.pop().decode("utf-8", "replace") if broken else None
-                    yield where, text, Verdict([], "unknown", name, [], "not a JSON object")
+                    what = broken.pop() if broken else None
+                    yield (
+                        where,
+                        quarantine.text_of(what) if isinstance(what, bytes) else what,
+                        Verdict([], "unknown", name, [], "not a JSON object"),
+                    )
         except sources.Unreadable as error:
             if policy.unreadable is DamagedBlocks.stop:
                 raise

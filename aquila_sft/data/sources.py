@@ -23,6 +23,7 @@ from aquila_sft.data import json_stream
 from aquila_sft.errors import UserError
 
 CLOCKS_NS = 2_000_000_000  # the coarsest times of change that a file system keeps
+Broken = Callable[[object], None]
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 
 
@@ -73,18 +74,18 @@ def read(
     begin: int = 0,
     end: int | None = None,
     first: int = 1,
-    on_broken: Callable[[bytes], None] = lambda line: None,
+    on_broken: Broken = lambda what: None,
 ) -> Iterator[tuple[str, dict | None]]:
     """Records of one file with their places. Raises Unreadable for a file that cannot be read at all.
 
     column: the one that is wanted; a parquet file's others are not even decoded.
     begin, end: a part of the file: row groups of parquet, bytes of lines, of which those count that begin there.
     first: the number of the first line that begins in this part.
-    on_broken: is told a line that is no JSON object, before it comes as None.
+    on_broken: is told what comes as None, before it comes: the bytes of a line, a parquet row.
     """
     with readable(file):
         if file.name.endswith(".parquet"):
-            yield from read_parquet(file, column, begin, end)
+            yield from read_parquet(file, column, begin, end, on_broken)
         elif file.name.endswith(".json"):
             yield from read_array(file)
         else:
@@ -105,7 +106,7 @@ def read_lines(
     begin: int = 0,
     end: int | None = None,
     first: int = 1,
-    on_broken: Callable[[bytes], None] = lambda line: None,
+    on_broken: Broken = lambda what: None,
 ) -> Iterator[tuple[str, dict | None]]:
     has_record, broken = False, None
     with open_bytes(file) as stream:
@@ -199,7 +200,11 @@ def has_lines(stream: BinaryIO) -> bool:
 
 
 def read_parquet(
-    file: Path, column: str | None = None, begin: int = 0, end: int | None = None
+    file: Path,
+    column: str | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    on_broken: Broken = lambda what: None,
 ) -> Iterator[tuple[str, dict | None]]:
     import pyarrow
 
@@ -211,7 +216,7 @@ def read_parquet(
         number = sum(table.metadata.row_group(group).num_rows for group in range(begin))
         columns = None if column is None else [column]
         for batch in table.iter_batches(batch_size=1000, row_groups=groups, columns=columns):
-            for record in rows_of(batch):
+            for record in rows_of(batch, on_broken):
                 number += 1
                 yield f"{file}:{number}", record
     except pyarrow.ArrowInvalid as error:
@@ -234,13 +239,29 @@ def no_parquet(file: Path, error: Exception) -> Unreadable:
     return Unreadable(f"{file} is not a readable parquet file: {' '.join(str(error).split())}")
 
 
-def rows_of(batch) -> Iterator[dict | None]:
+def rows_of(batch, on_broken: Broken) -> Iterator[dict | None]:
     """The rows of a batch; None for one whose strings are not UTF-8, which parquet does not check."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
         for number in range(batch.num_rows):
+            row = batch.slice(number, 1)
             try:
-                yield from batch.slice(number, 1).to_pylist()
+                yield from row.to_pylist()
             except UnicodeDecodeError:
+                on_broken({name: as_read(row[name][0]) for name in row.schema.names})
                 yield None
+
+
+def as_read(value) -> object:
+    """A pyarrow scalar in Python's types, strings that are not UTF-8 as their bytes."""
+    import pyarrow
+
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        if isinstance(value, pyarrow.StructScalar):
+            return {name: as_read(inner) for name, inner in value.items()}
+        if isinstance(value, (pyarrow.ListScalar, pyarrow.LargeListScalar)):
+            return [as_read(inner) for inner in value.values]
+        return value.as_buffer().to_pybytes()
