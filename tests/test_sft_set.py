@@ -490,7 +490,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, enco
     write_jsonl(tmp_path / "a.jsonl", tiny_conversations(20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(tasks.Step, "run", lambda *about: pytest.fail("it began"))
-    with pytest.raises(UserError, match="data.cache=.*GB are needed to prepare 1 file"):
+    with pytest.raises(
+        UserError, match="data.cache=.*: about 0.0[1-9] MB are needed to prepare 1 file.*, 0.00 MB are free"
+    ):
         sft_set.prepare([tmp_path / "a.jsonl"], tmp_path / "set", encode, policy(defaults), {})
 
 

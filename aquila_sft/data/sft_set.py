@@ -163,10 +163,14 @@ def check_disk(files: list[Path], parent: Path) -> None:
     needed, free = DISK_PER_BYTE * sum(map(text_bytes, files)), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"data.cache={parent}: about {needed / 1e9:,.1f} GB are needed to prepare {len(files)} file(s), "
-            f"{free / 1e9:,.1f} GB are free; make room (python -m aquila_sft.cache shows what may go), or choose "
+            f"data.cache={parent}: about {amount(needed)} are needed to prepare {len(files)} file(s), "
+            f"{amount(free)} are free; make room (python -m aquila_sft.cache shows what may go), or choose "
             "another data.cache="
         )
+
+
+def amount(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def text_bytes(file: Path) -> int:
