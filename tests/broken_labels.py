@@ -24,6 +24,7 @@ from tiny import tiny_conversations, tiny_tokenizer, write_jsonl
 
 from aquila_sft import chat_template
 from aquila_sft.audit import report
+from aquila_sft.config.data import Fault
 from aquila_sft.data import sft_set, sft_steps
 from aquila_sft.data.rows import PackedRows
 
@@ -57,15 +58,19 @@ class Maker:
     def encode(self, conversations: list) -> list:
         return chat_template.encode_batch(self.tokenizer, conversations, default_system=SYSTEM)
 
-    def audited(self, *, encode=None, recipe="sft", length=256, base: Path | None = None, **changes) -> report.Audited:
+    def audited(
+        self, *, encode=None, recipe="sft", length=256, base: Path | None = None, near_duplicates=None, **changes
+    ) -> report.Audited:
         """Prepared with `encode`, then to be audited as the first seconds of `recipe` do."""
         file = write_jsonl(self.folder / "chat.jsonl", self.records)
         cfg = settings(recipe)
+        duplicates = Fault.leave_out if near_duplicates else Fault.keep
+        clean = dataclasses.replace(sft_steps.AS_IT_IS, duplicates=duplicates, near_duplicates=near_duplicates)
         sizes = {"holdout_fraction": 0.1, "holdout_max": 50, "pack_window": 1000}
         cfg = dataclasses.replace(
             cfg,
             seed=1,
-            data=dataclasses.replace(cfg.data, clean=sft_steps.AS_IT_IS, **sizes),
+            data=dataclasses.replace(cfg.data, clean=clean, **sizes),
             train=dataclasses.replace(cfg.train, max_length=length),
             audit=dataclasses.replace(cfg.audit, **changes),
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import broken_labels
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import warm
@@ -17,7 +18,7 @@ from tiny import tiny_conversations, tiny_model, tiny_tokenizer, write_jsonl
 from aquila_sft import chat_template
 from aquila_sft.audit import embedding, report, rows, sample
 from aquila_sft.config.model import AUDIT_CODES, Audit
-from aquila_sft.data import world
+from aquila_sft.data import quarantine, world
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.doctor.findings import ERROR, WARNING
 from aquila_sft.errors import UserError
@@ -82,6 +83,66 @@ def test_full_tuning_may_train_marks_from_nothing_and_an_adapter_may_not(tmp_pat
     for recipe, level in (("sft", WARNING), ("sft_lora", ERROR)):
         found = report.audit(make.audited(recipe=recipe, base=base, allow=[]), lambda *_: None)
         assert [(f.code, f.level) for f in found] == [("untrained-ids", level)]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora"])
+def test_numbers_in_an_embedding_that_are_none_are_a_finding(recipe, tmp_path, vocabulary):
+    make = Maker(tmp_path, vocabulary)
+    base = make.embedding(lambda table, ids: table.__setitem__((ids[0], 3), float("nan")))
+    found = report.audit(make.audited(recipe=recipe, base=base), lambda *_: None)
+    assert [(f.code, f.level) for f in found] == [("broken-embedding", ERROR)]
+    assert f"1 of {len(make.tokenizer):,} rows" in found[0].text and f"id {make.id('<|im_start|>')}:" in found[0].text
+
+
+def test_a_special_text_is_shown_where_it_stands(tmp_path, vocabulary):
+    make = Maker(tmp_path, vocabulary)
+    system = {"from": "system", "value": "Be brief. " * 30 + "\x1b[31m<|im_end|>x"}
+    make.records[7]["conversations"].insert(0, system)
+    (found,) = report.audit(make.audited(length=2048), lambda *_: None)
+    assert found.code == "special-text"
+    shown = found.text.split("if it is meant: ")[1]
+    assert "Be brief. \\x1b[31m<|im_end|>x⏎user⏎" in shown and len(shown) < 300
+
+
+@pytest.mark.parametrize(
+    "files, level, told",
+    [
+        ({"chat_template.jinja": "{{ 1 / 0 }}"}, ERROR, "ZeroDivisionError"),
+        ({"chat_template.jinja": "{{ raise_exception('no') }}"}, ERROR, "TemplateError: no"),
+        ({"chat_template.jinja": "{% if %}"}, ERROR, "TemplateSyntaxError"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "tool", "template": "x"}]}'},
+            WARNING,
+            "by name, tool, and none that is called default",
+        ),
+    ],
+)
+def test_a_template_of_the_base_that_cannot_be_compared_is_one_finding(files, level, told, tmp_path, vocabulary):
+    make = Maker(tmp_path, vocabulary)
+    base = make.embedding()
+    for name, content in files.items():
+        (base / name).write_text(content)
+    (found,) = report.audit(make.audited(base=base), lambda *_: None)
+    assert (found.code, found.level) == ("template-of-base", level) and told in found.text
+
+
+def test_copies_that_stand_unevenly_in_the_files_raise_no_alarm(tmp_path, vocabulary, monkeypatch):
+    make = Maker(tmp_path, vocabulary)
+    monkeypatch.setattr(sample, "CONVERSATIONS", 110)
+
+    def talk(n: int, sign: str) -> dict:
+        asked, said = (" ".join(f"{word}{n}{i}" for i in range(12)) + sign for word in "ab")
+        return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]}
+
+    make.records = [talk(n, sign) for sign in ".!?,;:" for n in range(20)] + [talk(n, ".") for n in range(20, 120)]
+    of = make.audited(length=512, near_duplicates=0.85)
+    assert of.ledger["left_out"] == 100 and report.audit(of, lambda *_: None) == []
+    of.files = [write_jsonl(tmp_path / "moved.jsonl", make.records)]  # what was prepared under another name
+    assert report.audit(of, lambda *_: None) == []
+    with pyarrow.output_stream(str(of.prepared / quarantine.FILE), compression="zstd") as stream:
+        stream.write(b"")
+    (found,) = report.audit(of, lambda *_: None)
+    assert found.code == "not-in-rows" and found.text.startswith("90 of 110") and "moved.jsonl:21;" in found.text
 
 
 @pytest.mark.parametrize(

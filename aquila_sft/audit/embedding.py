@@ -73,6 +73,11 @@ def judge(rows: np.ndarray, ids: list[int], control: list[int], used: np.ndarray
     return Verdict(found, None)
 
 
+def not_finite(rows: np.ndarray) -> np.ndarray:
+    """The ids whose rows hold NaN or infinity: no distance says anything of them, nor of others beside them."""
+    return np.flatnonzero(~np.isfinite(rows).all(axis=1))
+
+
 def control_ids(tokenizer) -> list[int]:
     """Ids of the bytes that no UTF-8 text has, as byte-level and SentencePiece vocabularies spell them."""
     from aquila_sft.tokenizer import byte_letters

@@ -16,7 +16,8 @@ from aquila_sft import runtime
 from aquila_sft.audit import embedding, rows, sample, template
 from aquila_sft.chat_template import IM_END, IM_START, encode_messages
 from aquila_sft.config.runs import SftRun
-from aquila_sft.data import sft_set
+from aquila_sft.data import quarantine, sft_set
+from aquila_sft.data.conversations import spelt_out
 from aquila_sft.data.rows import PackedRows
 from aquila_sft.doctor.findings import ERROR, WARNING, Finding, error, warning
 from aquila_sft.errors import UserError
@@ -130,13 +131,13 @@ def special_text(of: Audited, parts: dict, looked: dict, without: list[str]) -> 
     told = f"{decoded:,} suspects" if decoded == suspects else f"{decoded:,} of {suspects:,} suspects"
     if not hits:
         return told, []
-    name, item, text = hits[0]
+    _, _, text, around = hits[0]
     return told, [
         error(
             "special-text",
             f"{len(hits):,} conversation(s) hold the text of a special token, the first {text}: it is learnt as plain "
             "text, but other tools make the special token of it wherever it stands; remove it (data rendered twice?), "
-            f"or audit.allow=[special-text] if it is meant: {shown(parts[name], item, of.tokenizer, around=text)}",
+            f"or audit.allow=[special-text] if it is meant: {printable(around)}",
         )
     ]
 
@@ -172,15 +173,12 @@ def compared_findings(of: Audited, compared: sample.Compared, parts: dict, looke
             f"{len(compared.wrong):,} of {compared.read:,} conversations that were read again: what is supervised is "
             f"not what the assistant says; {compared.wrong[0]}",
         )
-    left_out, absent = of.ledger["left_out"], len(compared.absent)
-    kept = 1 - left_out / max(1, of.ledger["read"])
-    few = compared.read >= 100 and compared.read - absent < 0.5 * kept * compared.read
-    if absent > left_out or few:
+    if lost := neither_kept_nor_left_out(of, compared.absent):
         yield error(
             "not-in-rows",
-            f"{absent:,} of {compared.read:,} conversations that were read again are in no row, and {left_out:,} of "
-            f"{of.ledger['read']:,} records were left out: the rows are not those of these files, or of another "
-            f"template; the first: {compared.absent[0]}; give overwrite=true to make them again",
+            f"{len(lost):,} of {compared.read:,} conversations that were read again are in no row and not in the "
+            "quarantine: the rows are not those of these files, or of another template; the first: "
+            f"{lost[0]}; give overwrite=true to make them again",
         )
     if compared.complete:
         strange = {
@@ -194,6 +192,21 @@ def compared_findings(of: Audited, compared: sample.Compared, parts: dict, looke
                 f"{count:,} prepared conversations are in no file; the first: "
                 f"{shown(parts[name], int(strange[name][0]), of.tokenizer)}; give overwrite=true to make them again",
             )
+
+
+def neither_kept_nor_left_out(of: Audited, absent: list[str]) -> list[str]:
+    """Those of the places that the quarantine does not name; it has the files' names of the run that prepared them."""
+    names = (sft_set.read_json(of.prepared / sft_set.PREPARED) or {}).get("files", [])
+    then = dict(zip(map(str, of.files), names, strict=False))
+    waiting = {}
+    for where in absent:
+        file, _, number = where.rpartition(":")
+        waiting[f"{then.get(file, file)}:{number}"] = where
+    for place in quarantine.places(of.prepared / quarantine.FILE) if waiting else ():
+        waiting.pop(place, None)
+        if not waiting:
+            break
+    return list(waiting.values())
 
 
 # ---- losses, and the base ----
@@ -222,6 +235,13 @@ def look_at_base(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
     matrix = embedding.embedding_of(of.base)
     if matrix is None:
         say("template ids", f"not looked at: {of.base} has no embedding under a known name")
+        return
+    if len(broken := embedding.not_finite(matrix)):
+        yield error(
+            "broken-embedding",
+            f"{len(broken):,} of {len(matrix):,} rows of the base's embedding hold NaN or infinity, the first that of "
+            f"id {broken[0]}: {of.base} is damaged, or its training went astray; take another base",
+        )
         return
     frame, _ = encode_messages(tokenizer, [{"role": "user", "content": ""}], default_system=of.cfg.tokenizer.system)
     part = PackedRows(of.prepared / "train")
@@ -286,16 +306,19 @@ def lines(part: PackedRows, item: int, tokenizer, colour: bool) -> list[str]:
 
 
 def elided(text: str) -> str:
-    text = text.replace("\r", "␍").replace("\n", "⏎")
+    text = printable(text)
     if len(text) <= 2 * WIDTH:
         return text
     return f"{text[:WIDTH]} … {len(text) - 2 * WIDTH:,} characters … {text[-WIDTH:]}"
 
 
-def shown(part: PackedRows, item: int, tokenizer, around: str | None = None) -> str:
-    """A conversation in one line, for a finding: its first turns behind the system line, or those around a text."""
+def printable(text: str) -> str:
+    """In one line, of signs that a terminal shows: what it would obey is spelt out."""
+    return spelt_out(text.replace("\r", "␍").replace("\n", "⏎"))
+
+
+def shown(part: PackedRows, item: int, tokenizer) -> str:
+    """A conversation in one line, for a finding: its first turns behind the system line."""
     turns = lines(part, item, tokenizer, colour=False)
     text = " ".join(turns[1:] if len(turns) > 2 and "<|im_start|>system" in turns[0] else turns)
-    at = text.find(around) if around else 0
-    at = max(0, at - 60)
-    return text[at : at + 260] + (" …" if len(text) > at + 260 else "")
+    return text[:260] + (" …" if len(text) > 260 else "")

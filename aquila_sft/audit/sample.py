@@ -169,11 +169,12 @@ def patterns(tokenizer) -> tuple[list[tuple[int, int]], list[str]]:
     return sorted(pairs), without
 
 
-def smuggling(rows: PackedRows, items: np.ndarray, tokenizer) -> Iterator[tuple[int, str]]:
-    """(conversation, special string) where a content holds one as text."""
+def smuggling(rows: PackedRows, items: np.ndarray, tokenizer) -> Iterator[tuple[int, str, str]]:
+    """(conversation, special string, what stands around it) where a content holds one as text."""
     found = re.compile("|".join(re.escape(text) for text in special_strings(tokenizer)))
     special = special_ids(tokenizer)
     for item in items.tolist():
         ids = np.asarray(rows.tokens[rows.offsets[item] : rows.offsets[item + 1]])
-        if hit := found.search(decoded(tokenizer, ids[~np.isin(ids, special)])):
-            yield item, hit[0]
+        contents = decoded(tokenizer, ids[~np.isin(ids, special)])
+        if hit := found.search(contents):
+            yield item, hit[0], contents[max(0, hit.start() - 60) : hit.start() + 200]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aquila_sft.chat_template import IM_END, IM_START, encode_messages, render_runs, turn_end_id
-from aquila_sft.doctor.findings import Finding, error
+from aquila_sft.doctor.findings import Finding, error, warning
 
 PROBES = [
     [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}],
@@ -35,32 +35,38 @@ def look(tokenizer, system: str | None, base: Path | None) -> Iterator[Finding]:
             f"the padding token is the turn end, {tokenizer.pad_token} ({end}): whatever masks padding by its id masks "
             "every turn end too; give the tokenizer another pad_token, in its tokenizer_config.json",
         )
-    if own := own_template(base):
+    own = own_template(base)
+    if isinstance(own, list):
+        yield warning(
+            "template-of-base",
+            f"the base ({base}) has chat templates by name, {', '.join(own) or 'none of them with a name'}, and none "
+            "that is called default: this run's is compared with none of them",
+        )
+    elif own:
         yield from compared_with(own, tokenizer, base)
     yield from served(tokenizer, system)
 
 
-def own_template(folder: Path | None) -> str | None:
-    """The chat template among a model's files, None where it has none."""
+def own_template(folder: Path | None) -> str | list[str] | None:
+    """The chat template among a model's files, None where it has none; the names of several without a default."""
     if folder is None:
         return None
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
     config = folder / "tokenizer_config.json"
     found = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):  # several, by name
-        found = {t["name"]: t["template"] for t in found}.get("default")
+    if isinstance(found, list):
+        found = {t["name"]: t["template"] for t in found}
+        return found.get("default", sorted(found))
     return found
 
 
 def rendered(tokenizer, messages: list[dict], template: str | None = None, **how) -> str:
     """The text, or what the template says instead: some refuse roles or orders."""
-    import jinja2
-
     try:
         return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **how)
-    except jinja2.TemplateError as refused:
-        return f"(refused: {refused})"
+    except Exception as refused:  # it is a program of others: 1 / 0 is as good as raise_exception
+        return f"(refused: {type(refused).__name__}: {refused})"
 
 
 def compared_with(own: str, tokenizer, base: Path) -> Iterator[Finding]:

@@ -246,7 +246,7 @@ class Lora:
 AUDIT_CODES = (
     *("no-target", "all-target", "turn-end", "answer-not-supervised", "not-the-answer", "doubled-begin", "special-ids"),
     *("special-text", "broken-turns", "unknown-ids", "packing", "batch", "not-in-rows", "not-of-files", "pad-is-end"),
-    *("template-of-base", "template-served", "untrained-ids", "answers-lost"),
+    *("template-of-base", "template-served", "untrained-ids", "broken-embedding", "answers-lost"),
 )
 
 

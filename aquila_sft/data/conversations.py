@@ -69,10 +69,15 @@ def normalise(record: dict, default_source: str) -> Conversation:
 
 
 def source_of(record: dict, default: str) -> str:
-    """Where a record says it comes from; `default` when it does not say. What a terminal would obey is spelt out."""
+    """Where a record says it comes from; `default` when it does not say."""
     source = record.get("source")
     source = source if isinstance(source, str) and source else default
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in source)
+    return spelt_out(source)
+
+
+def spelt_out(text: str) -> str:
+    """What is not printable as Python writes it: a terminal does not obey it, and UTF-8 can hold it."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_empty(value: object) -> bool:

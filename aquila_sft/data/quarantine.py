@@ -8,6 +8,7 @@ What was read can be read back: bytes that are no UTF-8 stand in a text as surro
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,16 @@ class Writer:
 def text_of(value: object) -> str:
     """Of bytes, and of what else JSON has no type for, such as dates."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+PLACE = re.compile(rb'\{"reason": "(?:[^"\\]|\\.)*", "where": ("(?:[^"\\]|\\.)*")')
+
+
+def places(file: Path) -> Iterator[str]:
+    """Where each record stood, in the order of the input; the records themselves are not looked at."""
+    with sources.readable(file), sources.open_bytes(file) as stream:
+        for line in stream:
+            yield json.loads(PLACE.match(line)[1])
 
 
 def read(file: Path, reason: str | None = None) -> Iterator[dict]:
