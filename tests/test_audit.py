@@ -1,5 +1,6 @@
 """The label audit: it finds what is broken, and leaves alone what is sound."""
 
+import dataclasses
 import itertools
 import os
 import random
@@ -83,6 +84,15 @@ def test_full_tuning_may_train_marks_from_nothing_and_an_adapter_may_not(tmp_pat
     for recipe, level in (("sft", WARNING), ("sft_lora", ERROR)):
         found = report.audit(make.audited(recipe=recipe, base=base, allow=[]), lambda *_: None)
         assert [(f.code, f.level) for f in found] == [("untrained-ids", level)]
+
+
+def test_the_worlds_own_adapter_does_without_trained_marks(tmp_path, vocabulary):
+    make = Maker(tmp_path, vocabulary)
+    of = make.audited(recipe="sft_lora", base=make.embedding(lambda table, ids: table.__setitem__(ids, 0)))
+    assert of.cfg.audit.allow == [] and of.cfg.data.bundled == "world"
+    of.cfg = dataclasses.replace(of.cfg, data=dataclasses.replace(of.cfg.data, files=None))
+    found = report.audit(of, lambda *_: None)
+    assert [(f.code, f.level) for f in found] == [("untrained-ids", WARNING)]
 
 
 @pytest.mark.parametrize("recipe", ["sft", "sft_lora"])

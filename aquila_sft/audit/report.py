@@ -253,7 +253,11 @@ def look_at_base(of: Audited, marks: rows.Marks, say: Say) -> Iterator[Finding]:
     if verdict.untrained:
         told = "; ".join(f"{names[i]} ({i}): {why}" for i, why in verdict.untrained.items())
         text = f"the base was never trained on {told}"
-        if of.cfg.lora:
+        data = of.cfg.data
+        of_world = data.bundled and data.files is None and data.manifest is None  # its base reads no conversation
+        if of.cfg.lora and of_world:
+            yield warning("untrained-ids", f"{text}; the demonstration's adapter has to do without")
+        elif of.cfg.lora:
             yield error(
                 "untrained-ids",
                 f"{text}; LoRA leaves the embedding as it is: use recipe=sft, a base that knows them, or "
