@@ -281,7 +281,9 @@ def test_what_is_no_text_is_read_back_from_the_quarantine_as_it_was(tmp_path, en
     lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), turns)
     table = pyarrow.table({"messages": lists, "kind": not_utf8(b"x", b"\xfe"), "day": [datetime.date(2020, 1, 2)] * 2})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
-    files = [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
+    (tmp_path / "c.json").write_text('[{"prompt": "Hi", "response": "Yes."}, "an answer", null, [5, {"a": "好"}]]')
+    (tmp_path / "d.json").write_text('{"prompt": "Why?", "response": "No."}\n{"broken": \n')
+    files = [tmp_path / name for name in ("a.jsonl", "b.parquet", "c.json", "d.json")]
     sft_set.prepare(files, tmp_path / "set", encode, policy(defaults), {})
     found = {q["where"]: q["record"] for q in quarantine.read(tmp_path / "set" / quarantine.FILE, "not a JSON")}
     assert found[f"{files[0]}:10"].encode("utf-8", "surrogateescape") == line
@@ -290,6 +292,10 @@ def test_what_is_no_text_is_read_back_from_the_quarantine_as_it_was(tmp_path, en
         f"{files[1]}:2": {
             "messages": [{"role": "gpt", "text": "\udcff bad"}], "kind": "\udcfe", "day": "2020-01-02"
         },
+        f"{files[2]}:2": "an answer",
+        f"{files[2]}:3": None,
+        f"{files[2]}:4": [5, {"a": "好"}],
+        f"{files[3]}:2": '{"broken": \n',
     }  # fmt: skip
     assert cache.main([f"quarantine={tmp_path}/set", "reason=not"]) == 0
     assert [json.loads(text) for text in capsys.readouterr().out.splitlines()] == list(found.values())

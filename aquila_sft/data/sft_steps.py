@@ -110,12 +110,9 @@ def judged(piece_of: Slice, policy: RowPolicy) -> Iterator[Found]:
                 if record is not None:
                     yield where, record, judge(record, name, policy.clean)
                 else:
-                    what = broken.pop() if broken else None
-                    yield (
-                        where,
-                        quarantine.text_of(what) if isinstance(what, bytes) else what,
-                        Verdict([], "unknown", name, [], "not a JSON object"),
-                    )
+                    what = broken.pop()
+                    what = quarantine.text_of(what) if isinstance(what, bytes) else what
+                    yield where, what, Verdict([], "unknown", name, [], "not a JSON object")
         except sources.Unreadable as error:
             if policy.unreadable is DamagedBlocks.stop:
                 raise

@@ -81,13 +81,13 @@ def read(
     column: the one that is wanted; a parquet file's others are not even decoded.
     begin, end: a part of the file: row groups of parquet, bytes of lines, of which those count that begin there.
     first: the number of the first line that begins in this part.
-    on_broken: is told what comes as None, before it comes: the bytes of a line, a parquet row.
+    on_broken: is told what comes as None, before it comes: the bytes of a line, an array's element, a parquet row.
     """
     with readable(file):
         if file.name.endswith(".parquet"):
             yield from read_parquet(file, column, begin, end, on_broken)
         elif file.name.endswith(".json"):
-            yield from read_array(file)
+            yield from read_array(file, on_broken)
         else:
             yield from read_lines(file, begin, end, first, on_broken)
 
@@ -168,15 +168,17 @@ def open_bytes(file: Path) -> io.BufferedIOBase:
     return open(file, "rb")
 
 
-def read_array(file: Path) -> Iterator[tuple[str, dict | None]]:
+def read_array(file: Path, on_broken: Broken = lambda what: None) -> Iterator[tuple[str, dict | None]]:
     """A JSON array, or one object, or (as some name them) lines of JSON objects in a .json file."""
     with open(file, "rb") as stream:
         if has_lines(stream):
-            yield from read_lines(file)
+            yield from read_lines(file, on_broken=on_broken)
             return
         stream.seek(0)
         try:
             for number, record in enumerate(json_stream.values(stream), 1):
+                if not isinstance(record, dict):
+                    on_broken(record)
                 yield f"{file}:{number}", record if isinstance(record, dict) else None
         except json.JSONDecodeError as error:
             raise Unreadable(
