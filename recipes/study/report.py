@@ -68,6 +68,7 @@ def write(rows: list[Row], base: Measured, out: Path) -> str:
         table += ["", f"| {axis} | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
         for row in (row for row in rows if row.axis == axis):
             compared = default.get(axis == FINALS)
+            compared = None if compared and compared.runs == row.runs else compared  # itself
             table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
             lines += csv_lines(row, compared, base)
     text = "\n".join(table[1:]) + "\n"
@@ -98,7 +99,7 @@ def with_interval(of: figures.Items | None, unit: str = "") -> str:
 
 def change(row: Row, other: Measured | None, measure: str, part: str) -> str:
     mine, theirs = row.of.get((measure, part)), (other or {}).get((measure, part))
-    if mine is None or theirs is None or mine is theirs:
+    if mine is None or theirs is None:
         return "–"
     low, high = mine.interval(theirs)
     return f"{mine.value() / theirs.value() - 1:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -109,7 +110,7 @@ def csv_lines(row: Row, default: Row | None, base: Measured) -> list[list[object
     lines = []
     for (measure, part), of in row.of.items():
         lines.append([*about, measure, part, of.value(), *of.interval(), of.above.shape[1]])
-        compared = base if measure == "text" else default.of if default and default is not row else {}
+        compared = base if measure == "text" else default.of if default else {}
         if measure in ("answers", "text") and (theirs := compared.get((measure, part))):
             value = of.value() / theirs.value() - 1
             lines.append([*about, f"{measure}, change", part, value, *of.interval(theirs), of.above.shape[1]])
@@ -138,7 +139,7 @@ def draw(rows: list[Row], base: Measured, path: Path) -> str | None:
         for offset, language, colour in ((-0.12, "en", "tab:blue"), (0.12, "zh", "tab:red")):
             for at, row in enumerate(shown):
                 mine, theirs = row.of.get((measure, language)), other.get((measure, language))
-                if mine is None or theirs is None or mine is theirs:
+                if mine is None or theirs is None:
                     continue
                 low, high = mine.interval(theirs)
                 panel.plot([100 * low, 100 * high], [at + offset] * 2, color=colour, linewidth=1)
