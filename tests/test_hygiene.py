@@ -40,6 +40,8 @@ def contents(found: hygiene.Verdict) -> list[str]:
         {"instruction": "Add.\n1 and 2", "input": "", "output": "3", "system": "", "history": []},
         {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "open_qa"},
         {"prompt": "Add.\n1 and 2", "completion": "3"},
+        {"question": "Add.", "context": "1 and 2", "answer": "3"},
+        {"prompt": "Add.\n1 and 2", "input": "1 and 2", "completion": "3"},
         {"question": "Add.\n1 and 2", "answer": "3"},
         {"conversations": [{"from": "human", "value": "Add.\n1 and 2"}, {"from": "gpt", "value": "3"}], "system": ""},
         {"messages": [{"role": "user", "content": "Add.\n1 and 2"}, {"role": "assistant", "content": "3"}]},

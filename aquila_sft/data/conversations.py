@@ -120,10 +120,9 @@ def pair_of(record: dict) -> list[dict]:
     asked, answer = filled(record, ("instruction", *QUESTIONS)), filled(record, OUTPUTS)
     if asked is None or answer is None:
         raise NoPair("none of the shapes of a conversation")
-    question = text_of(record[asked])
-    if "instruction" in record and asked in ("instruction", "input"):
-        slots = [text_of(record[key]) for key in ("instruction", *INPUTS) if key in record]
-        question = "\n".join(slot for slot in slots if slot.strip())
+    slots = [text_of(record[key]) for key in dict.fromkeys((asked, *INPUTS)) if key in record]
+    # a text that the question is about, unless the question has it already
+    question = "\n".join(slot for i, slot in enumerate(slots) if slot.strip() and (not i or slot not in slots[0]))
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Refused("history that is not pairs of question and answer")
