@@ -37,8 +37,8 @@ bench: install   ## the loss of the output head, timed on this CPU at the real s
 	$(BIN)/python kernels/bench/bench.py --device cpu --shape 2k --operations linear_cross_entropy --logits fresh \
 	  --supervised 1 0.5 --providers ours eager
 
-gpu: install     ## on a machine with a GPU: correctness, kernel table, throughput; fills what is "not measured"
-	$(BIN)/python kernels/bench/gpu.py
+gpu: install     ## on a machine with a GPU: fills what is "not measured"; GPU='--part sft pretrain --minutes 5' for some of it
+	$(BIN)/python kernels/bench/gpu.py $(GPU)
 
 verify-hub: install  ## with network and access: BAAI's published checkpoints load here, and score as their card says
 	$(BIN)/python -m aquila_sft.evaluation.verify_hub
