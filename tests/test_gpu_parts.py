@@ -82,6 +82,26 @@ def test_counts_leave_padding_out_and_know_what_a_token_may_see():
     assert counts.of_steps() == [[2 * 5, 2 * 3, 2 * (6 + 3)]]
 
 
+def test_the_plain_side_asks_for_the_causal_kernel_and_computes_what_sdpa_does():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    net = MistralForCausalLM(MistralConfig(vocab_size=101, num_key_value_heads=2, **sizes))
+    asked = []
+
+    def backend(graph, _):
+        asked.extend(node.kwargs for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph.forward
+
+    ids, outputs = torch.randint(101, (2, 20)), []
+    for attention in ("sdpa", "sdpa_causal"):
+        net.set_attn_implementation(attention)
+        outputs.append(net(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(*outputs)
+    torch.compile(net, backend=backend)(input_ids=ids, use_cache=False)
+    assert len(asked) == 2 and all(how["is_causal"] and how.get("attn_mask") is None for how in asked)
+
+
 def test_mfu_is_against_the_published_peak_and_unknown_for_other_gpus():
     assert flops.mfu(989.4e12, 2.0, "NVIDIA H200") == pytest.approx(0.5)
     assert flops.mfu(1e12, 1.0, "NVIDIA H100 PCIe") is None
@@ -160,7 +180,7 @@ def test_a_job_that_fails_is_told_in_its_last_line(monkeypatch, tmp_path):
     monkeypatch.setattr(beside, "__file__", str(script))
     with pytest.raises(beside.Failed, match="^MemoryError: of GPU$"):
         beside.in_its_own_process(0, 60)
-    with pytest.raises(beside.Failed, match="took more than the 1 s"):
+    with pytest.raises(beside.Failed, match="took more than 1 s"):
         beside.in_its_own_process(60, 1)
 
 
@@ -216,6 +236,18 @@ def test_without_a_rate_the_recipes_own_and_a_third_of_it_are_tried(monkeypatch,
     own = rates.own_rate()
     assert [f"optim.lr={own}" in tried[0], f"optim.lr={own / 3}" in tried[1]] == [True, True]
     assert [row["ended"] for row in rows] == ["status 2"] * 2 and "loss" not in rows[0]
+
+
+def test_a_run_that_took_too_long_is_stopped_and_its_row_has_what_there_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(rates, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import sys, time; time.sleep(float(sys.argv[1])); sys.exit(2)")
+    assert (rates.run(["60"], 0.5), rates.run(["0"], 60)) == ("stopped after 0 s", "status 2")
+    lines = [{"step": 0, "eval_bits_per_byte_en": 2.0}, {"step": 1, "loss": 5.0}, {"step": 9, "loss": 4.0}]
+    speeds = {"tokens_per_s": 10.0, "peak_memory_bytes": 2**30, "seconds": 3.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | speeds) + "\n" for line in lines))
+    found = rates.figures(tmp_path)
+    assert (found["steps"], found["loss"], found["peak_gib"]) == (9, "5.000 -> 4.000", 1.0)
+    assert found["bits a byte, en"] == "2.000 -> *not measured*" and rates.figures(tmp_path / "none") == {}
 
 
 def test_conversations_are_those_given_else_real_ones_else_the_worlds(monkeypatch, tmp_path):

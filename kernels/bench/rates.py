@@ -43,7 +43,7 @@ def rows(
         out = work / f"rate-{number}"
         words = [f"{name}={value}" for name, value in (given | {"optim.lr": rate, "output_dir": out}).items()]
         ended = run(["recipe=sft", "scale=135m", *words], share)
-        found.append({"rate": f"{rate:.3g}", "data": given["data.files"]} | figures(out) | {"ended": ended})
+        found.append({"rate": f"{rate:.3g}", "data": short(given["data.files"])} | figures(out) | {"ended": ended})
     return found
 
 
@@ -74,6 +74,10 @@ def inputs(work: Path, data: list[str], ranks: Path | None, base: str | None) ->
     return told | {"tokenizer.path": work / "tokenizer/final", "model.vocab_size": VOCABULARY}
 
 
+def short(files: str) -> str:
+    return " ".join("/".join(Path(file).parts[-2:]) for file in files.strip("[]").split(","))
+
+
 def real_data() -> list[str]:
     folder = os.environ.get("AQUILA_REAL_DATA")
     return sorted(map(str, Path(folder).glob("instruct_*/train.jsonl"))) if folder else []
@@ -86,7 +90,10 @@ def run(words: list[str], limit_s: float) -> str:
         status = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
         return f"stopped after {limit_s:.0f} s"
     return "done" if status == 0 else f"status {status}"
 
@@ -101,6 +108,7 @@ def figures(out: Path) -> dict:
     last, steady = trained[-1], trained[1:] or trained
     told = {
         "steps": last["step"],
+        "seconds": round(last["seconds"]),
         "tokens_per_s": round(sum(line["tokens_per_s"] for line in steady) / len(steady)),
         "peak_gib": round(last["peak_memory_bytes"] / 2**30, 2),
         "loss": f"{trained[0]['loss']:.3f} -> {last['loss']:.3f}",

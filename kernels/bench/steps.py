@@ -7,7 +7,8 @@
                the job says, activation checkpointing off, loaders of its own beside it, nothing logged or saved
     pretrain   ours: recipe=pretrain's Trainer.step and Loader, layers compiled on a GPU
     plain      what one would write without us: transformers' model and F.cross_entropy of its logits, both through
-               torch.compile, fused AdamW. Documents of a row see each other: that lets sdpa use its causal kernel
+               torch.compile, fused AdamW. Documents of a row see each other: that lets sdpa use its causal kernel,
+               which we ask for, since transformers builds a mask while torch (below 2.14) compiles
 
 Both of a pair begin at the same weights, with the same data (step_data.py), settings, rows a step and bf16 autocast
 over fp32 weights. A job is a JSON object; `settings` are train.py's, `extra` is for SFTConfig (trl):
@@ -31,7 +32,7 @@ import flops
 import step_data
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from transformers import AttentionInterface, TrainerCallback
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -291,9 +292,18 @@ def ours_pretrain(side: Side) -> float:
     return looped(side, loader, step)
 
 
+def causal(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention of transformers' models: plainly causal, which needs no mask."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("sdpa_causal", causal)  # no mask function: transformers makes no mask
+
+
 def plain(side: Side) -> float:
     cfg, loader = side.cfg, loader_of(side)
-    net = side.model("sdpa").to(side.choices.device).train()
+    net = side.model("sdpa_causal").to(side.choices.device).train()
     optimizer = torch.optim.AdamW(
         pretrain.parameter_groups(net, cfg.optim),
         lr=cfg.optim.lr,
