@@ -8,8 +8,8 @@
     rates         recipe=sft at two learning rates: loss and bits a byte before and after              (rates.py)
 
 Each part ends in a short table and writes kernels/bench/results/<gpu>_<part>.csv with GPU name, versions and command.
-The tables say *not measured* until somebody has run this. With a quarter of an hour: --part sft pretrain rates
---minutes 4.5.
+The tables say *not measured* until somebody has run this. With a quarter of an hour: --part sft pretrain --minutes 4.5,
+then --part rates --minutes 4.
 
     python kernels/bench/gpu.py [--part correctness logits …] [--minutes 9.5] [--rates 1e-3 3e-4]
                                 [--data chat.jsonl …] [--ranks qwen.tiktoken] [--base <folder>]

@@ -6,12 +6,14 @@
     trl        TRL's SFTTrainer: its packing (bfd, which is padding-free), its fused head; attention and micro-batch as
                the job says, activation checkpointing off, loaders of its own beside it, nothing logged or saved
     pretrain   ours: recipe=pretrain's Trainer.step and Loader, layers compiled on a GPU
-    plain      what one would write without us: transformers' model and F.cross_entropy of its logits, both through
-               torch.compile, fused AdamW. Documents of a row see each other: that lets sdpa use its causal kernel,
-               which we ask for, since transformers builds a mask while torch (below 2.14) compiles
+    plain      what one would write without us: transformers' model and F.cross_entropy of its logits, each layer and
+               the loss through torch.compile (or all as one graph: "compile": "whole"), fused AdamW. Documents of a
+               row see each other: that lets sdpa use its causal kernel, which we ask for, since transformers builds a
+               mask while torch (below 2.14) compiles
 
 Both of a pair begin at the same weights, with the same data (step_data.py), settings, rows a step and bf16 autocast
-over fp32 weights. A job is a JSON object; `settings` are train.py's, `extra` is for SFTConfig (trl):
+over fp32 weights. A job is a JSON object; `settings` are train.py's, `extra` is for SFTConfig (trl) or says how to
+compile (plain):
 
     python kernels/bench/steps.py '{"side": "sft", "settings": {}, "attention": null, "micro_rows": null, "extra": {},
                                     "is_compiled": true, "warm_ups": 3, "steps": 10}'
@@ -312,11 +314,19 @@ def plain(side: Side) -> float:
         fused=True,
     )
 
-    def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = net(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    def head(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = net.lm_head(hidden).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
-    compiled = torch.compile(loss_of, dynamic=False) if side.job["is_compiled"] else loss_of
+    def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return head(net.model(input_ids=ids, use_cache=False).last_hidden_state, targets)
+
+    if side.job["is_compiled"] and side.job["extra"].get("compile") == "whole":
+        loss_of = torch.compile(loss_of, dynamic=False)
+    elif side.job["is_compiled"]:
+        head = torch.compile(head, dynamic=False)
+        for layer in net.model.layers:
+            layer.compile(dynamic=False)
 
     def step(loaded) -> torch.Tensor:
         for group in optimizer.param_groups:
@@ -325,7 +335,7 @@ def plain(side: Side) -> float:
         for batch in loaded.batches:
             ids, targets = (batch[name].to(side.choices.device, non_blocking=True) for name in ("input_ids", "targets"))
             with side.autocast():
-                loss = compiled(ids, targets) / loaded.targets
+                loss = loss_of(ids, targets) / loaded.targets
             loss.backward()
             lost += loss.detach()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.optim.max_grad_norm)
