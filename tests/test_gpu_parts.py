@@ -205,6 +205,47 @@ def test_a_table_and_its_file_say_the_same(tmp_path, capsys):
     assert kept[-2]["verdict"] in ("met", "missed") and kept[-1]["verdict"] == "*not measured*"
 
 
+def test_a_clock_on_a_gpu_asks_its_events_and_its_peak_begins_after_the_warm_ups(monkeypatch):
+    now, peak = iter([0.0, 500.0, 750.0, 1500.0]), [9]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now)
+
+        def elapsed_time(self, later):
+            return later.at - self.at  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 5))
+    clock = steps.Clock(warm_ups=2)
+    for _ in range(4):
+        clock.on_step_end()
+    assert (clock.seconds(), clock.peak_bytes) == ([0.25, 0.75], 5)
+
+
+def test_the_command_runs_the_parts_that_are_asked_for_and_writes_a_file_of_each(monkeypatch, tmp_path, capsys):
+    made = functools.partial(beside.Bench, measure=lambda job, limit_s: made_up(100_000))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(gpu.beside, "Bench", made)
+    monkeypatch.setattr(rates, "run", lambda words, limit_s: "done")
+    words = "--part sft pretrain rates --minutes 1 --rates 1e-3 1e-4 --data a.jsonl --ranks a.tiktoken --out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words.split(), str(tmp_path)])
+    assert gpu.main() == 0
+    files = {file.name: list(csv.DictReader(file.open(newline=""))) for file in tmp_path.iterdir()}
+    assert set(files) == {f"nvidia_h200_{part}.csv" for part in ("sft", "pretrain", "rates")}
+    assert [row["rate"] for row in files["nvidia_h200_rates.csv"]] == ["0.001", "0.0001"]
+    assert all(row["device"] == "NVIDIA H200" and row["command"] for rows in files.values() for row in rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2 and "no GPU here" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_figures_of_a_rate_are_those_of_its_run(tmp_path, monkeypatch):
     tiny_model(tmp_path / "tiny", tiny_tokenizer(tmp_path / "tok"))

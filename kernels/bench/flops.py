@@ -5,7 +5,7 @@ Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) = FLOPs that the st
 
 # Dense bf16 products with fp32 sums, 1e12 a second, by what torch calls the GPU; what is not here has no known peak.
 # NVIDIA A100 data sheet: 312. H100 white paper ("NVIDIA H100 Tensor Core GPU Architecture", table of SXM5): 989.4.
-# H200 data sheet: 1,979 with sparsity, the H100's own. PCIe and NVL boards of these two have lower clocks and others.
+# H200 SXM data sheet: 1,979 with sparsity, as the H100, so half of it. Their PCIe and NVL boards are slower: left out.
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", default=[], help="conversations (rates)")
     parser.add_argument("--ranks", type=Path, help="qwen.tiktoken, the published vocabulary (rates)")
     parser.add_argument("--base", help="a model to tune (rates); default: fresh weights")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no GPU here (torch.cuda.is_available() is False); the rows stay *not measured*", file=sys.stderr)
@@ -53,20 +54,20 @@ def main() -> int:
     for part in args.part:
         match part:
             case "correctness":
-                rows = correctness()
+                rows = correctness(args.out)
             case "logits":
-                rows = logits()
+                rows = logits(args.out)
             case "rates":
                 with tempfile.TemporaryDirectory() as work:
                     told = {"rates": args.rates, "data": args.data, "ranks": args.ranks, "base": args.base}
                     rows = rates.rows(Path(work), **told, limit_s=seconds)
             case _:
                 rows = getattr(beside.Bench(name, seconds), part)()
-        show(part, rows, report.about("cuda") | {"command": shlex.join(["python", *sys.argv])}, RESULTS)
+        show(part, rows, report.about("cuda") | {"command": shlex.join(["python", *sys.argv])}, args.out)
     return 0
 
 
-def correctness() -> list[dict]:
+def correctness(out: Path) -> list[dict]:
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")],
         capture_output=True,
@@ -74,24 +75,25 @@ def correctness() -> list[dict]:
         cwd=ROOT,
     )
     rows = [{"what": "pytest -m gpu", "result": tests.stdout.strip().split("\n")[-1]}]
-    return rows + [kernel_table("kernels", "--shape", "16k", "--dtype", "bfloat16", "--logits", "trained")]
+    return rows + [kernel_table(out, "kernels", "--shape", "16k", "--dtype", "bfloat16", "--logits", "trained")]
 
 
-def logits() -> list[dict]:
+def logits(out: Path) -> list[dict]:
     heads = ["--operations", "linear_cross_entropy", "cross_entropy", "--providers", *BESIDE]
     return [
-        kernel_table("logits", "--shape", "16k", "--dtype", "bfloat16", "--logits", "fresh", "peaked", *heads),
-        kernel_table("fp32", "--shape", "4096x576x151851", "--dtype", "float32", "--logits", "fresh", *heads),
+        kernel_table(out, "logits", "--shape", "16k", "--dtype", "bfloat16", "--logits", "fresh", "peaked", *heads),
+        kernel_table(out, "fp32", "--shape", "4096x576x151851", "--dtype", "float32", "--logits", "fresh", *heads),
     ]
 
 
-def kernel_table(name: str, *words: str) -> dict:
+def kernel_table(out: Path, name: str, *words: str) -> dict:
     """Run bench.py, which prints its table here; a row that says how it ended."""
     name = f"{in_a_file_name(torch.cuda.get_device_name())}_{name}"
-    command = [sys.executable, str(Path(__file__).parent / "bench.py"), "--device", "cuda", "--name", name, *words]
+    command = [sys.executable, str(Path(__file__).parent / "bench.py"), "--device", "cuda", *words]
+    command += ["--name", name, "--out", str(out)]
     status = subprocess.run(command).returncode
     ended = {0: "done", 1: "done, with failed rows"}.get(status, f"ended with status {status}")
-    return {"what": f"results/{name}.csv", "result": ended}
+    return {"what": f"{name}.csv", "result": ended}
 
 
 def in_a_file_name(device: str) -> str:
@@ -106,7 +108,7 @@ def show(part: str, rows: list[dict], about: dict, folder: Path) -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{in_a_file_name(about['device'])}_{part}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns, *about])
         writer.writeheader()
