@@ -111,6 +111,16 @@ def test_seeds_widen_an_interval_that_one_seed_would_make_too_small():
     assert low < 0.95 and high > 1.05
 
 
+def test_sources_that_are_no_text_do_not_count_as_text(tmp_path):
+    lines = [
+        {"task": "text", "language": "en", "source": source, "scores": {"nats": nats, "bytes": 10.0}}
+        for source, nats in (("books", 20.0), ("chat", 5.0))
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", lines)
+    both, books = (figures.of_folder(tmp_path, without)["text", "en"] for without in ([], ["chat"]))
+    assert both.value() == pytest.approx(1.25 / np.log(2)) and books.value() == pytest.approx(2 / np.log(2))
+
+
 def test_what_is_held_back_is_neither_trained_on_nor_dependent_on_the_order(tmp_path):
     records = tiny_conversations(60)
     rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
@@ -179,6 +189,7 @@ def test_a_whole_study_goes_on_where_it_was_broken_off_and_says_what_failed(tmp_
         "train": 30,
         "max_bytes": 5000,
         "text_bytes": 2000,
+        "text_without": [],
         "evaluate": {"max_new_tokens": 4, "limit": 3},
         "default": {"optim.lr": 1e-3, "train.max_steps": 2, "train.max_length": 128, "train.tokens_per_step": 256},
         "axes": {"rate": {"high": {}, "none": {"optim.lr": -1}}},

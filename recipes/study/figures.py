@@ -7,6 +7,7 @@ difference of two runs is drawn in pairs: both were asked the same.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,11 @@ class Items:
 Measured = dict[tuple[str, str], Items]  # (measure, part) -> items
 
 
-def of_folder(folder: Path) -> Measured:
-    """Of one run's evaluation. Measures: answers and text (bits per byte), followed, stopped (shares)."""
+def of_folder(folder: Path, text_without: Sequence[str] = ()) -> Measured:
+    """Of one run's evaluation. Measures: answers and text (bits per byte), followed, stopped (shares).
+
+    text_without: sources of text that do not count as such.
+    """
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
@@ -60,6 +64,8 @@ def of_folder(folder: Path) -> Measured:
     for line in lines:
         scores = line["scores"]
         match line["task"]:
+            case "text" if line["source"] in text_without:
+                continue
             case "references" | "text":
                 measure = {"references": "answers"}.get(line["task"], line["task"])
                 parts = (line["language"], f"{line['language']}, {line['source']}")

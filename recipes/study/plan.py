@@ -60,7 +60,20 @@ def slug(text: str) -> str:
 
 def read(file: str, words: list[str]) -> dict:
     """The plan in a file, with `key=value` words over it. Raises UserError for a key that no plan has."""
-    known = {"seed", "base", "text", "data", "out", "jobs", "held_back", "train", "max_bytes", "text_bytes", "evaluate"}
+    known = {
+        "seed",
+        "base",
+        "text",
+        "data",
+        "out",
+        "jobs",
+        "held_back",
+        "train",
+        "max_bytes",
+        "text_bytes",
+        "text_without",
+        "evaluate",
+    }
     known |= {"scale", "default", "axes", FINALS}
     try:
         plan = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(words))

@@ -1,11 +1,12 @@
 """Figures of a study as files: figures.csv (every figure of every run), tables.md, changes.svg.
 
-Rows are runs by axis. A change is that against the plan's default on the same answers, with its interval.
+Rows are runs by axis. A change of answers is that against the plan's default, among the finals against the first of
+them, on the same answers, with its interval; a change of text is that against the base.
 """
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Row:
     seconds: float  # of a run, evaluation not counted
 
 
-def rows_of(runs: Iterable[Run], out: Path) -> list[Row]:
+def rows_of(runs: Iterable[Run], out: Path, text_without: Sequence[str]) -> list[Row]:
     """A row for every place in the tables whose runs are finished."""
     places: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -52,7 +53,7 @@ def rows_of(runs: Iterable[Run], out: Path) -> list[Row]:
             continue
         for stages in folders:
             if stages[-1] not in read:
-                read[stages[-1]] = figures.of_folder(stages[-1] / "eval")
+                read[stages[-1]] = figures.of_folder(stages[-1] / "eval", text_without)
         sums = [json.loads((stage / "summary.json").read_text("utf-8")) for stages in folders for stage in stages]
         tokens, seconds = (sum(s[key] for s in sums) / len(listed) for key in ("tokens", "seconds"))
         of = figures.together([read[stages[-1]] for stages in folders])
@@ -62,12 +63,11 @@ def rows_of(runs: Iterable[Run], out: Path) -> list[Row]:
 
 def write(rows: list[Row], base: Measured, out: Path) -> str:
     """The files; the tables as text."""
-    default = {row.axis == FINALS: row for row in reversed(rows) if not any(row.runs[0].changes)}
     lines, table = [], []
     for axis in dict.fromkeys(row.axis for row in rows):
         table += ["", f"| {axis} | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
         for row in (row for row in rows if row.axis == axis):
-            compared = default.get(axis == FINALS)
+            compared = reference(rows, axis)
             compared = None if compared and compared.runs == row.runs else compared  # itself
             table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
             lines += csv_lines(row, compared, base)
@@ -78,6 +78,13 @@ def write(rows: list[Row], base: Measured, out: Path) -> str:
         writer.writerow(["axis", "label", "seeds", "measure", "part", "value", "low", "high", "items"])
         writer.writerows(lines)
     return text
+
+
+def reference(rows: list[Row], axis: str) -> Row | None:
+    """What the rows of an axis are compared with."""
+    if axis == FINALS:
+        return next(row for row in rows if row.axis == FINALS)
+    return next((row for row in rows if row.axis != FINALS and not any(row.runs[0].changes)), None)
 
 
 def cells(row: Row, default: Row | None, base: Measured) -> list[str]:
@@ -128,9 +135,9 @@ def draw(rows: list[Row], base: Measured, path: Path) -> str | None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    default = next((row for row in rows if row.axis != FINALS and not any(row.runs[0].changes)), None)
     shown = [row for row in rows if row.axis != FINALS]
-    if default is None or not shown:
+    default = reference(rows, "")
+    if default is None:
         return "the plan's default is not finished"
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same figures give the same file
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.28 * len(shown)), sharey=True, layout="constrained")
