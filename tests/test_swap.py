@@ -851,7 +851,7 @@ def test_our_trainer_takes_the_same_step_with_either_kernel(world, monkeypatch, 
     monkeypatch.setattr(gradients_worker, "LENGTH", 64)
     results = {}
     for kernel in ("triton", "torch"):
-        step = gradients_worker.step(world / "base", world / "rows/train", 2, kernel)
+        step = gradients_worker.step(world / "base", world / "rows/train", 2, kernel=kernel)
         results[kernel] = step["gradients"] | {"loss": torch.tensor(step["loss"])}
         assert ("Triton's kernels compute 5 norms and the loss" in capsys.readouterr().out) == (kernel == "triton")
     assert_same(results["triton"], results["torch"])
