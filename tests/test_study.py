@@ -34,6 +34,8 @@ def test_equal_settings_are_one_run_that_stands_in_every_table_that_names_it():
     assert runs["rate-high"].places == [("rate", "high"), ("epochs", "1"), ("finals", "default")]
     assert runs["rate-low"].places == [("rate", "low"), ("finals", "low")]
     assert [s["sources"] for s in runs["stages-two"].stages] == [["a"], ["b"]]
+    places = [("rate", "low"), ("rate", "high"), ("epochs", "1"), ("epochs", "2"), ("stages", "two")]
+    assert plan.places_of(PLAN) == [*places, ("finals", "default"), ("finals", "low")]
     assert runs["epochs-2"].stages == [{"optim.lr": 1e-3, "train.num_epochs": 2}]
 
 
@@ -157,8 +159,8 @@ def test_a_change_below_the_table_is_that_of_the_answers(tmp_path):
     rows = [row("high", [{}], measured(1.0, 1.0)), row("low", [{"optim.lr": 1}], measured(0.9, 1.1))]
     told = report.write(rows, measured(1.0, 1.0), tmp_path)
     low = next(line for line in told.splitlines() if line.startswith("| low"))
-    assert "| +0.0% (+0.0% to +0.0%) | -10.0% (-10.0% to -10.0%) |" in low and "| +10.0% (+10.0% to +10.0%) |" in low
-    assert "75.0% (" in low and low.count("–") == 3  # followed in no language, text of one
+    assert "| 1.500, 1.800 | +0.0 (+0.0 … +0.0) | -10.0 (-10.0 … -10.0) |" in low and "| +10.0 (+10.0 … +10.0) |" in low
+    assert "| 75 ± " in low and low.count("–") == 2  # followed in no language, text of one
     with open(tmp_path / "figures.csv", encoding="utf-8") as file:
         lines = {(r["label"], r["measure"], r["part"]): float(r["value"]) for r in csv.DictReader(file)}
     assert lines["low", "answers, change", "zh"] == pytest.approx(-0.1)

@@ -56,7 +56,7 @@ def study(words: list[str]) -> int:
         failed = run.run_all(jobs, plan["jobs"], say)
     has_text = (out / "base/answers.jsonl").is_file()
     base = figures.of_folder(out / "base", plan["text_without"]) if has_text else {}
-    rows = report.rows_of(runs, out, plan["text_without"])
+    rows = report.rows_of(runs, plans.places_of(plan), out, plan["text_without"])
     print(report.write(rows, base, out))
     if why := report.draw(rows, base, out / "changes.svg"):
         print(f"no plot: {why}")

@@ -54,6 +54,12 @@ def runs_of(plan: dict) -> list[Run]:
     return runs
 
 
+def places_of(plan: dict) -> list[tuple[str, str]]:
+    """Every place in the tables, in the plan's order."""
+    axes = plan["axes"] | {FINALS: plan[FINALS]["runs"]}
+    return [(axis, str(label)) for axis, labels in axes.items() for label in labels]
+
+
 def slug(text: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", text).strip("-")
 

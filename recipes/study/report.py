@@ -16,16 +16,14 @@ from recipes.study.plan import FINALS, Run
 
 LANGUAGES = ("en", "zh")
 HEAD = [
-    "answers en, bits per byte",
-    "answers zh, bits per byte",
-    "change en",
-    "change zh",
-    "followed en",
-    "followed zh",
-    "stopped",
-    "text en, change",
-    "text zh, change",
-    "tokens",
+    "answers en, zh: bits per byte",
+    "change en, %",
+    "change zh, %",
+    "followed en, zh, %",
+    "stopped, %",
+    "text en, change, %",
+    "text zh, change, %",
+    "thousand tokens",
     "seconds",
 ]
 
@@ -40,14 +38,13 @@ class Row:
     seconds: float  # of a run, evaluation not counted
 
 
-def rows_of(runs: Iterable[Run], out: Path, text_without: Sequence[str]) -> list[Row]:
+def rows_of(
+    runs: Iterable[Run], places: Sequence[tuple[str, str]], out: Path, text_without: Sequence[str]
+) -> list[Row]:
     """A row for every place in the tables whose runs are finished."""
-    places: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        for place in run.places:
-            places.setdefault(place, []).append(run)
     rows, read = [], {}
-    for (axis, label), listed in places.items():
+    for axis, label in places:
+        listed = [run for run in runs if (axis, label) in run.places]
         folders = [[out / "runs" / run.name / str(n) for n in range(1, len(run.stages) + 1)] for run in listed]
         if not all((stages[-1] / "eval/answers.jsonl").is_file() for stages in folders):
             continue
@@ -62,15 +59,18 @@ def rows_of(runs: Iterable[Run], out: Path, text_without: Sequence[str]) -> list
 
 
 def write(rows: list[Row], base: Measured, out: Path) -> str:
-    """The files; the tables as text."""
-    lines, table = [], []
-    for axis in dict.fromkeys(row.axis for row in rows):
-        table += ["", f"| {axis} | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
-        for row in (row for row in rows if row.axis == axis):
-            compared = reference(rows, axis)
-            compared = None if compared and compared.runs == row.runs else compared  # itself
-            table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
-            lines += csv_lines(row, compared, base)
+    """The files; the tables as text, one of the axes and one of the finals."""
+    lines, table, axis = [], [], None
+    for row in rows:
+        if axis is None or (axis == FINALS) != (row.axis == FINALS):
+            table += ["", f"| | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
+        if row.axis != axis:
+            table.append(f"| **{row.axis}** " + "| " * len(HEAD) + "|")
+        axis = row.axis
+        compared = reference(rows, axis)
+        compared = None if compared and compared.runs == row.runs else compared  # itself
+        table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
+        lines += csv_lines(row, compared, base)
     text = "\n".join(table[1:]) + "\n"
     (out / "tables.md").write_text(text, "utf-8")
     with open(out / "figures.csv", "w", newline="", encoding="utf-8") as file:
@@ -88,20 +88,27 @@ def reference(rows: list[Row], axis: str) -> Row | None:
 
 
 def cells(row: Row, default: Row | None, base: Measured) -> list[str]:
-    answers = [with_interval(row.of.get(("answers", language))) for language in LANGUAGES]
-    changes = [change(row, default and default.of, "answers", language) for language in LANGUAGES]
-    followed = [with_interval(row.of.get(("followed", language)), "%") for language in LANGUAGES]
-    forgotten = [change(row, base, "text", language) for language in LANGUAGES]
-    stopped = with_interval(row.of.get(("stopped", ALL)), "%")
-    return [*answers, *changes, *followed, stopped, *forgotten, f"{row.tokens:,}", f"{row.seconds:.0f}"]
+    answers = [f"{of.value():.3f}" for of in values(row, "answers")]
+    followed = [share(of) for of in values(row, "followed")]
+    stopped = row.of.get(("stopped", ALL))
+    return [
+        ", ".join(answers) or "–",
+        *(change(row, default and default.of, "answers", language) for language in LANGUAGES),
+        ", ".join(followed) or "–",
+        share(stopped) if stopped else "–",
+        *(change(row, base, "text", language) for language in LANGUAGES),
+        f"{row.tokens / 1000:.0f}",
+        f"{row.seconds:.0f}",
+    ]
 
 
-def with_interval(of: figures.Items | None, unit: str = "") -> str:
-    if of is None:
-        return "–"
-    values = (of.value(), *of.interval())
-    form = "{:.1%} ({:.1%} to {:.1%})" if unit == "%" else "{:.3f} ({:.3f} to {:.3f})"
-    return form.format(*values)
+def values(row: Row, measure: str) -> list[figures.Items]:
+    return [row.of[measure, language] for language in LANGUAGES if (measure, language) in row.of]
+
+
+def share(of: figures.Items) -> str:
+    low, high = of.interval()
+    return f"{100 * of.value():.0f} ± {50 * (high - low):.0f}"
 
 
 def change(row: Row, other: Measured | None, measure: str, part: str) -> str:
@@ -109,7 +116,7 @@ def change(row: Row, other: Measured | None, measure: str, part: str) -> str:
     if mine is None or theirs is None:
         return "–"
     low, high = mine.interval(theirs)
-    return f"{mine.value() / theirs.value() - 1:+.1%} ({low:+.1%} to {high:+.1%})"
+    return f"{100 * mine.value() / theirs.value() - 100:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
 def csv_lines(row: Row, default: Row | None, base: Measured) -> list[list[object]]:
