@@ -51,6 +51,9 @@ class MixtureOrder:
         """Share of every part in the rows of a block."""
         return {name: count / self.block_rows for name, count in zip(self.parts, self.counts.tolist(), strict=True)}
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {share:.1%}" for name, share in self.shares().items())
+
     def drawn(self, places: int) -> dict[str, int]:
         """Rows of every part among the first `places`."""
         blocks, rest = divmod(places, self.block_rows)
@@ -65,15 +68,26 @@ class MixtureOrder:
 
 def shares_of_run(run: PretrainRun, prepared: Prepared) -> dict[str, float]:
     """Share of tokens of every part that the run asks for."""
-    parts = {name: (part.source, part.language, part.tokens) for name, part in prepared.parts.items()}
-    return shares(parts, run.data.languages, run.data.sources)
+    return shares(about(prepared), run.data.languages, run.data.sources)
 
 
 def order_of_run(run: PretrainRun, prepared: Prepared) -> MixtureOrder:
     """The order of a run over its shards. Raises UserError."""
-    rows = {name: -(-part.tokens // run.train.max_length) for name, part in prepared.parts.items()}
     of_parts = shares_of_run(run, prepared)
-    return MixtureOrder(rows, of_parts, block_rows=run.data.block_rows, seed=run.seed, stage=run.recipe)
+    return order(prepared, of_parts, run.train.max_length, run.data.block_rows, run.seed, run.recipe)
+
+
+def order(
+    prepared: Prepared, of_parts: dict[str, float], max_length: int, block_rows: int, seed: int, stage: str
+) -> MixtureOrder:
+    """Over rows of `max_length` tokens. Raises UserError."""
+    rows = {name: -(-part.tokens // max_length) for name, part in prepared.parts.items()}
+    return MixtureOrder(rows, of_parts, block_rows=block_rows, seed=seed, stage=stage)
+
+
+def about(prepared: Prepared) -> dict[str, tuple[str, str, int]]:
+    """Source, language and tokens of every part."""
+    return {name: (part.source, part.language, part.tokens) for name, part in prepared.parts.items()}
 
 
 def repeated_too_often(epochs: dict[str, float], max_epochs: float) -> list[str]:

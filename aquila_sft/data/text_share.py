@@ -55,19 +55,13 @@ def rows_of_epoch(run: SftRun, conversation_rows: int) -> int:
 
 def order_of(run: SftRun, prepared: Prepared) -> mixture.MixtureOrder:
     """Which part and row the n-th row of text is. Raises UserError for weights that name nothing."""
-    about = {name: (part.source, part.language, part.tokens) for name, part in prepared.parts.items()}
-    return mixture.MixtureOrder(
-        {name: -(-part.tokens // run.train.max_length) for name, part in prepared.parts.items()},
-        mixture.shares(about, run.data.text.languages, run.data.text.sources, "data.text"),
-        block_rows=BLOCK_ROWS,
-        seed=run.seed,
-        stage="sft",
-    )
+    text = run.data.text
+    of_parts = mixture.shares(mixture.about(prepared), text.languages, text.sources, "data.text")
+    return mixture.order(prepared, of_parts, run.train.max_length, BLOCK_ROWS, run.seed, "sft")
 
 
 def told(order: mixture.MixtureOrder, text_rows: int, conversation_rows: int) -> str:
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in order.shares().items())
-    return f"{text_rows:,} rows of text among {conversation_rows:,} of conversations: {shares}"
+    return f"{text_rows:,} rows of text among {conversation_rows:,} of conversations: {order}"
 
 
 class MixedRows:

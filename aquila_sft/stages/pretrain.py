@@ -103,8 +103,7 @@ def train(
     net = make_model(cfg, newest or base, out, choices, tokenizer)
     loader = Loader.of_run(cfg, prepared, device=choices.device, pad_id=tokenizer.pad_token_id)
     plan, order = loader.plan, loader.order
-    told = ", ".join(f"{name} {share:.1%}" for name, share in order.shares().items())
-    runtime.say(f"  mixture: {told} (shares of rows)")
+    runtime.say(f"  mixture: {order} (shares of rows)")
     leave_out = cfg.data.damaged_blocks is DamagedBlocks.leave_out
     held_back = {
         name: TextRows(part, cfg.train.max_length, leave_out_damaged=leave_out)
