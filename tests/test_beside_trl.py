@@ -22,13 +22,13 @@ def test_trl_trains_on_our_ids_and_labels_in_both_languages(tmp_path):
     tiny_model(tmp_path / "tiny", tiny_tokenizer(tmp_path / "tok"))
     data = write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(24))
     words = f"model.path={tmp_path / 'tiny'} data.files={data} train.max_length=256 train.tokens_per_step=512 "
-    words += "train.max_steps=1 data.holdout_max=2 data.workers=1 data.clean.detector=script"
+    words += "train.max_steps=1 data.holdout_max=2 data.workers=1 data.clean.detector=script optim.lr=2e-3"
     about = beside_trl.prepare(words.split(), tmp_path)
     flags = beside_trl.trl_flags(about, beside_trl.packings(about)["bfd, 1 x 2 rows"], tmp_path / "trl", steps=1)
     _, settings, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(flags)
     is_bf16 = about["precision"] == "bf16"
     assert (settings.activation_checkpointing, settings.packing, settings.bf16) == (False, True, is_bf16)
-    assert (settings.learning_rate, settings.optim, settings.weight_decay) == (1e-3, "adamw_torch_fused", 0)
+    assert (settings.learning_rate, settings.optim, settings.weight_decay) == (2e-3, "adamw_torch_fused", 0)
     conversations = load_dataset(str(tmp_path / "conversations"), cache_dir=str(tmp_path / "datasets"))["train"]
     assert {"河" in str(c) or "请" in str(c) for c in conversations["messages"]} == {True, False}
     trainer = SFTTrainer(model=model.model_name_or_path, args=settings, train_dataset=conversations)
