@@ -7,10 +7,11 @@
     evaluate   both finished models on the same held-back answers, by our evaluation
 
     python recipes/study/beside_trl.py model.path=<base> data.files=[a.jsonl,b.jsonl] train.max_length=512 \
-        train.tokens_per_step=2048 train.max_steps=200 [--out folder] [--repeats 3]
+        train.tokens_per_step=2048 train.max_steps=200 [--also words] [--out folder] [--repeats 3]
 
-The words with a = are recipe=sft's own (scale=135m); model.path=random builds the weights once, for both. Written to
-the folder: steps.csv (every step of every run), runs.csv, table.md.
+The words with a = are recipe=sft's own (scale=135m); model.path=random builds the weights once, for both. --also adds
+another of ours to each round, with these words besides. Written to the folder: steps.csv (every step of every run),
+runs.csv, table.md.
 
 TRL tokenizes the messages itself, with the saved template and assistant_only_loss; that ids and labels are ours is
 checked for every conversation before anything is timed. Its weights and moments are fp32, its products ours' (bf16
@@ -38,6 +39,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -56,25 +58,31 @@ def main() -> int:
     parser.add_argument("words", nargs="+", help="settings of recipe=sft: model.path= data.files= train.…=")
     parser.add_argument("--out", type=Path, default=Path("outputs/beside_trl"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--packing", help="of TRL's, as a trial names them, such as 'bfd, 4 x 1 rows': without a trial")
+    parser.add_argument("--also", action="append", default=[], help="such as train.activation_checkpointing=true")
+    parser.add_argument("--packing", nargs="+", help="of TRL's, as a trial names them; a single one needs no trial")
     args = parser.parse_intermixed_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     about = apart(prepare, args.words, out)
     print(f"{about['conversations']:,} conversations in {about['rows']:,} rows, {about['supervised']:.1%} supervised")
 
-    tried = {}
-    for name, flags in () if args.packing else packings(about).items():
-        tried[name] = run = run_trl(about, out / "trial", flags, TRIAL_STEPS)
+    ways, tried = packings(about), {}
+    if unknown := set(args.packing or ()) - set(ways):
+        raise SystemExit(f"error: --packing {sorted(unknown)}: use some of {list(ways)}")
+    names = args.packing or list(ways)
+    for name in names if len(names) > 1 else ():
+        tried[name] = run = run_trl(about, out / "trial", ways[name], TRIAL_STEPS)
         print(f"  TRL, {name}: {tokens_per_s(run):,.0f} tokens/s, {run['peak_bytes'] / 1e9:.2f} GB", flush=True)
     keeping = [name for name in tried if not name.startswith("wrapped")]
-    best = args.packing or max(keeping, key=lambda name: tokens_per_s(tried[name]))
+    best = max(keeping, key=lambda name: tokens_per_s(tried[name])) if tried else names[0]
 
+    sides = {"ours": ""} | {f"ours, {words}": words for words in args.also} | {"TRL": None}
     runs = []
     for repeat in range(args.repeats):
-        for side in ("ours", "TRL"):
-            folder = out / f"{side.lower()}-{repeat}"
-            run = run_ours(about, folder) if side == "ours" else run_trl(about, folder, packings(about)[best])
+        for number, (side, words) in enumerate(sides.items()):
+            folder = out / f"run-{repeat}-{number}"
+            shutil.rmtree(folder, ignore_errors=True)  # a finished run would be reused
+            run = run_trl(about, folder, ways[best]) if words is None else run_ours(about, folder, words.split())
             run |= {"side": side, "repeat": repeat} | apart(evaluate, about, run.pop("final"))
             runs.append(run)
             print(f"  {side} {repeat}: {tokens_per_s(run):,.0f} tokens/s, {run['peak_bytes'] / 1e9:.2f} GB", flush=True)
@@ -225,8 +233,8 @@ def run_trl(about: dict, out: Path, flags: dict, steps: int | None = None) -> di
     return {"steps": steps, "peak_bytes": peak_bytes, "command": shlex.join(command), "final": str(out)}
 
 
-def run_ours(about: dict, out: Path) -> dict:
-    command = [sys.executable, str(ROOT / "train.py"), *about["words"], f"output_dir={out}", "overwrite=true"]
+def run_ours(about: dict, out: Path, also: list[str]) -> dict:
+    command = [sys.executable, str(ROOT / "train.py"), *about["words"], *also, f"output_dir={out}"]
     _, peak_bytes = watch(command, about, out)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     logged = [line for line in logged if "loss" in line]
@@ -326,19 +334,26 @@ def write(out: Path, about: dict, best: str, tried: dict[str, dict], runs: list[
         writer = csv.DictWriter(file, [*table[0], *machine, "command"])
         writer.writeheader()
         writer.writerows(t | machine | {"command": run["command"]} for t, run in zip(table, runs, strict=True))
-    sides = {side: [t for t in table if t["side"] == side] for side in ("ours", "TRL")}
+    sides: dict[str, list[dict]] = {}
+    for line in table:
+        sides.setdefault(line["side"], []).append(line)
+    ours = [side for side in sides if side != "TRL"]
     text = [
         f"{about['parameters']:,} parameters, {about['steps']} steps of {about['rows_per_step']} rows x "
         f"{about['length']} tokens, {about['supervised']:.1%} of them supervised, {about['conversations']:,} "
         f"conversations, {about['precision']} products; {cpu}, {about['threads']} threads; {versions}; "
         f"{machine['date']}. TRL: {best}.\n",
         f"    python recipes/study/beside_trl.py {shlex.join(sys.argv[1:])}\n",
-        f"| median of {len(runs) // 2} runs (lowest to highest) | ours | TRL | ours / TRL |\n|---|---|---|---|",
+        f"| median of {len(sides['TRL'])} runs (lowest to highest) | "
+        + " | ".join([*sides, *(f"{side}: / TRL" for side in ours)])
+        + " |\n|---"
+        + "|---" * (len(sides) + len(ours))
+        + "|",
     ]
     for name in list(table[0])[2:]:
-        ours, theirs = ([t[name] for t in sides[side]] for side in ("ours", "TRL"))
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        text.append(f"| {name} | {spread(ours)} | {spread(theirs)} | {spread(ratios)} |")
+        of_side = {side: [line[name] for line in lines] for side, lines in sides.items()}
+        ratios = [[a / b for a, b in zip(of_side[side], of_side["TRL"], strict=True)] for side in ours]
+        text.append(" | ".join([f"| {name}", *map(spread, [*of_side.values(), *ratios])]) + " |")
     if tried:
         text.append("\n| TRL's packing, one trial | tokens/s | peak GB |\n|---|---|---|")
     text += [f"| {name} | {tokens_per_s(r):,.0f} | {r['peak_bytes'] / 1e9:.2f} |" for name, r in tried.items()]
