@@ -16,6 +16,8 @@ from aquila_sft.errors import UserError
 from recipes.study import figures, plan, report, run, split
 from recipes.study.__main__ import main
 
+WHOLE = str(Path(plan.__file__).with_name("plan.yaml"))
+SOURCES = ["foundational_en", "foundational_zh", "chat_en", "chat_zh"]
 PLAN = {
     "seed": 1,
     "default": {"optim.lr": 1e-3, "train.num_epochs": 1},
@@ -45,15 +47,43 @@ def test_equal_settings_are_one_run_that_stands_in_every_table_that_names_it():
         (["data.a=x", "base=y", "learning=3"], "learning: no part of a plan"),
         (["data.a=x"], "base= is missing"),
         (["base=y"], "data= is missing"),
+        (["data=a.jsonl", "base=y"], "data='a.jsonl': files by source"),
+        (["data.a=x", "base=y", "jobs=0"], "jobs=0: a whole number from 1 on"),
+        (["data.a=x", "base=y", "jobs=two"], "jobs='two': a whole number from 1 on"),
+        (["data.a=x", "base=y", "out=/tmp/a(1)"], r"out=/tmp/a\(1\): names and paths of a study"),
+        (["data.研究=x", "base=y"], "data.研究=data.研究: names and paths of a study"),
+        (["data.a=x", "base=y"], "text mixed in: 0.1 of all rows: mixes text in, and text= is missing"),
+        (["data.a=x", "base=y", "text=t"], "foundational_en, foundational_zh is no source of data=, which has a; "),
+        (["data.a=x", "base=y", "text=t", "seeds_of.speed=[1]"], "seeds_of: speed is no axis"),
+        (["data.a=x", "base=y", "text=t", "finals.seeds=[]"], "finals: has seeds, at least one"),
     ],
 )
 def test_a_plan_with_a_slip_is_one_line(words, told):
     with pytest.raises(UserError, match=told):
-        plan.read(str(Path(plan.__file__).with_name("plan.yaml")), words)
+        plan.read(WHOLE, words)
+
+
+def test_a_word_changes_a_setting_of_the_default_and_leaves_an_axis_out():
+    given = ["data.a=x", "base=y", "text=t", "axes.stages=null"]
+    before, after = (plan.read(WHOLE, given + more) for more in ([], ["default.train.tokens_per_step=4096"]))
+    assert "stages" not in after["axes"]
+    assert after["default"] == before["default"] | {"train.tokens_per_step": 4096}
+    steps = {one.places[0]: one.stages[0]["train.tokens_per_step"] for one in plan.runs_of(after)}
+    assert steps["tokens a step", "8,192"] == 8192 and steps["epochs", "2"] == 4096
+
+
+def test_an_axis_may_have_seeds_of_its_own():
+    runs = plan.runs_of(PLAN | {"seeds_of": {"rate": [7]}})
+    assert [(one.name, one.seed) for one in runs[:4]] == [
+        ("rate-low", 1),
+        ("rate-low-7", 7),
+        ("rate-high", 1),
+        ("rate-high-7", 7),
+    ]
 
 
 def test_the_plan_that_is_there_has_two_dozen_runs_and_every_word_of_it_is_a_setting():
-    whole = plan.read(str(Path(plan.__file__).with_name("plan.yaml")), ["base=base", "text=shards", "data.a=x"])
+    whole = plan.read(WHOLE, ["base=base", "text=shards", *(f"data.{name}=x" for name in SOURCES)])
     runs = plan.runs_of(whole)
     assert len([one for one in runs if any(axis != "finals" for axis, _ in one.places)]) >= 24
     for one in runs:
@@ -123,6 +153,51 @@ def test_sources_that_are_no_text_do_not_count_as_text(tmp_path):
     assert both.value() == pytest.approx(1.25 / np.log(2)) and books.value() == pytest.approx(2 / np.log(2))
 
 
+def test_an_answer_without_a_word_has_not_stopped(tmp_path):
+    scores = {"prompts, strict": 0.0}
+    said = [("Yes.", True), ("", True), (" \n", True), ("and and and", False)]
+    lines = [{"task": "instruct_en", "scores": scores, "written": text, "stopped": ended} for text, ended in said]
+    write_jsonl(tmp_path / "answers.jsonl", lines)
+    assert figures.of_folder(tmp_path)["stopped", "all"].value() == 0.25
+
+
+@pytest.mark.parametrize(("named", "given"), [(None, ["0", "1", "0"]), ("3,5", ["3", "5", "3"]), ("", [None] * 3)])
+def test_runs_side_by_side_share_the_gpus(tmp_path, monkeypatch, named, given):
+    seen = []
+    monkeypatch.setattr(run, "train", lambda command, log, env, cores: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    for slot in range(3):
+        assert run.run_one(tmp_path / str(slot), ["a=1"], slot, 3) is None
+    assert seen == [one or named for one in given]
+
+
+def test_a_run_that_cannot_be_written_is_told_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    def train(command, log, env, cores):
+        if command == ["bad"]:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(run, "train", train)
+    jobs = {name: [(tmp_path / name, [name])] for name in ("bad", "good")}
+    assert run.run_all(jobs, 1, print) == {"bad": "No space left on device"}
+    assert run.done_in(tmp_path / "good") == ["good"]
+
+
+def test_another_split_never_replaces_the_one_that_runs_were_compared_on(tmp_path):
+    write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(60))
+    rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
+    told = {"held_back": 10, "train": 20, "max_bytes": 5000, "text": None, "data": {"a": str(tmp_path / "chat.jsonl")}}
+    out = tmp_path / "study"
+    split.prepare(told, rules, out)
+    before = split.contents(out / "held-back")
+    split.prepare(told, rules, out)
+    with pytest.raises(UserError, match=r"study/train is of other data, or of another held_back="):
+        split.prepare(told | {"held_back": 12}, rules, out)
+    assert split.contents(out / "held-back") == before
+
+
 def test_what_is_held_back_is_neither_trained_on_nor_dependent_on_the_order(tmp_path):
     records = tiny_conversations(60)
     rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
@@ -157,7 +232,8 @@ def test_a_change_below_the_table_is_that_of_the_answers(tmp_path):
         return report.Row("rate", label, [plan.Run(label, [{}], 1, changes)], of, 1000, 10.0)
 
     rows = [row("high", [{}], measured(1.0, 1.0)), row("low", [{"optim.lr": 1}], measured(0.9, 1.1))]
-    told = report.write(rows, measured(1.0, 1.0), tmp_path)
+    report.compare(rows, measured(1.0, 1.0))
+    told = report.write(rows, tmp_path)
     low = next(line for line in told.splitlines() if line.startswith("| low"))
     assert "| 1.500, 1.800 | +0.0 (+0.0 … +0.0) | -10.0 (-10.0 … -10.0) |" in low and "| +10.0 (+10.0 … +10.0) |" in low
     assert "| 75 ± " in low and low.count("–") == 2  # followed in no language, text of one
@@ -214,6 +290,8 @@ def test_a_whole_study_goes_on_where_it_was_broken_off_and_says_what_failed(tmp_
     assert begun == [str(out / "runs/rate-none/1")]  # the others are finished
     assert (out / "tables.md").read_text() == table
     assert main([*words, "only=nothing"]) == 2
+    assert main([*words, "only=report", f"base={tmp_path}/another"]) == 0  # whose runs these are not
+    assert (out / "tables.md").read_text().strip() == "" and "text" not in (out / "figures.csv").read_text()
 
 
 NAMES = ["finals-default-2", "rate-high", "rate-none"]

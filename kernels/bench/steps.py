@@ -222,7 +222,7 @@ def trl(side: Side) -> float:
         packing_strategy="bfd",
         optim="adamw_torch_fused",
         learning_rate=cfg.optim.lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=cfg.schedule.kind.value,
         warmup_steps=schedule.warmup_steps(cfg.schedule, plan.steps),
         adam_beta1=cfg.optim.betas[0],
         adam_beta2=cfg.optim.betas[1],

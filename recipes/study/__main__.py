@@ -1,12 +1,13 @@
 """How a base is tuned best: every run of a plan, measured, in tables with intervals.
 
     python -m recipes.study base=outputs/135m/anneal/final text=outputs/135m/prepare/final \\
-        data.alpaca_en=en.jsonl data.alpaca_zh=zh.jsonl
+        data.alpaca_en=en.jsonl data.alpaca_zh=zh.jsonl axes.stages=null
     python -m recipes.study plan=mine.yaml …       another plan than recipes/study/plan.yaml
     python -m recipes.study … only=LoRA            the runs of one axis; only=report: none, tables of what is finished
 
-Any key of the plan can be given as key=value. The same command goes on where it was broken off. In `out`: runs/, the
-data as they were split, figures.csv, tables.md, changes.svg.
+Any key of the plan can be given as key=value, default.train.tokens_per_step=4096 too; axes.stages=null leaves an axis
+out (that one names sources of its own). The same command goes on where it was broken off. In `out`: runs/, the data as
+they were split, figures.csv, tables.md, changes.svg.
 """
 
 import sys
@@ -47,19 +48,24 @@ def study(words: list[str]) -> int:
     out = Path(plan["out"])
     failed = {}
     if only != REPORT:
-        text = prepare(plan, out)
+        prepare(plan, out)
+    text = split.texts(plan, out)
+    if only != REPORT:
         chosen = [one for one in runs if only is None or only in {axis for axis, _ in one.places}]
         jobs = {one.name: run.jobs_of(one, plan, text) for one in chosen}
         if text:
             jobs = {"base": [(out / "base", run.base_command(plan, text))]} | jobs
         print(f"{len(chosen)} runs, {plan['jobs']} at a time -> {out}", flush=True)
         failed = run.run_all(jobs, plan["jobs"], say)
-    has_text = (out / "base/answers.jsonl").is_file()
+    has_text = f"model.path={plan['base']}" in run.done_in(out / "base")
     base = figures.of_folder(out / "base", plan["text_without"]) if has_text else {}
-    rows = report.rows_of(runs, plans.places_of(plan), out, plan["text_without"])
-    print(report.write(rows, base, out))
-    if why := report.draw(rows, base, out / "changes.svg"):
+    rows = report.rows_of(runs, plan, base, text)
+    print(report.write(rows, out))
+    if why := report.draw(rows, out / "changes.svg"):
         print(f"no plot: {why}")
+    there = {(row.axis, row.label) for row in rows}
+    if missing := [": ".join(place) for place in plans.places_of(plan) if place not in there]:
+        print(f"not finished: {'; '.join(missing)}")
     print(
         f"{out}/tables.md, figures.csv; {len(failed)} runs failed" + "".join(f"\n  {n}: {w}" for n, w in failed.items())
     )
@@ -70,15 +76,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def prepare(plan: dict, out: Path) -> dict[str, str]:
-    """The split of the data, and the files of held-back text by source."""
+def prepare(plan: dict, out: Path) -> None:
+    """The split of the data."""
     import train as program
 
     rules = program.compose_run(["recipe=sft", f"scale={plan['scale']}", f"model.path={plan['base']}"]).data.clean
     checkpoint.make_folder(out)
-    for source, files in plan["data"].items():
-        split.of_source(source, files, plan, rules, out)
-    return split.of_text(Path(plan["text"]), plan["text_bytes"], out) if plan["text"] else {}
+    split.prepare(plan, rules, out)
 
 
 if __name__ == "__main__":

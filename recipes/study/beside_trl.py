@@ -19,7 +19,7 @@ where the CPU has it), attention sdpa, activation checkpointing, evaluation, che
 rate, warm-up steps, seed, rows a step are those of recipe=sft. Where equality cannot be had:
 - TRL packs the same conversations into other rows in another order (a few more or fewer rows, so at a fixed number of
   steps a few conversations are left out or come twice), and training losses of single steps do not compare.
-- transformers' warm-up begins at a rate of 0 and its cosine ends a step before 0; ours moves from the first step on.
+- transformers' warm-up begins at a rate of 0 and its decay ends a step before 0; ours moves from the first step on.
 - Its only loss of this kind is nll (chunked_nll is the same one, dft another objective, Liger's kernels need a GPU). It
   divides by the supervised tokens of all micro-batches, as ours does: no mean of means.
 - Ours evaluates before the first step and after the last, proves its model, and writes a checkpoint: outside the timed
@@ -113,8 +113,8 @@ def prepare(words: list[str], out: Path) -> dict:
     runtime.settle(offline=True)
     words = ["recipe=sft", "scale=135m", "train.num_epochs=null", "train.logging_steps=1", *words]
     cfg = compose_run([*words, f"output_dir={out / 'prepare'}", f"data.cache={out / 'cache'}"])
-    if cfg.schedule.kind.value != "cosine" or cfg.schedule.min_lr_ratio or not cfg.train.max_steps:
-        raise SystemExit("error: compared with a cosine to zero over train.max_steps= steps alone")
+    if cfg.schedule.kind.value not in ("cosine", "linear") or cfg.schedule.min_lr_ratio or not cfg.train.max_steps:
+        raise SystemExit("error: compared with a cosine or a line to zero over train.max_steps= steps alone")
     found = inputs.find_inputs(cfg)
     folder = run_dir.RunDir(out / "prepare")
     folder.path.mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def prepare(words: list[str], out: Path) -> dict:
         "precision": choices.precision.value,
         "settings": {
             "learning_rate": optim.lr,
-            "lr_scheduler_type": "cosine",
+            "lr_scheduler_type": cfg.schedule.kind.value,
             "warmup_steps": warmup_steps(cfg.schedule, plan.steps),
             "optim": "adamw_torch_fused",
             "adam_beta1": optim.betas[0],

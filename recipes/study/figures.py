@@ -52,6 +52,8 @@ Measured = dict[tuple[str, str], Items]  # (measure, part) -> items
 def of_folder(folder: Path, text_without: Sequence[str] = ()) -> Measured:
     """Of one run's evaluation. Measures: answers and text (bits per byte), followed, stopped (shares).
 
+    An answer without a word has not stopped: a model that says nothing would seem to have learnt when to end.
+
     text_without: sources of text that do not count as such.
     """
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
@@ -73,7 +75,7 @@ def of_folder(folder: Path, text_without: Sequence[str] = ()) -> Measured:
             case "instruct_en" | "instruct_zh":
                 language = line["task"].removeprefix("instruct_")
                 add("followed", (language,), scores["prompts, strict"], 1.0)
-                add("stopped", (language, ALL), float(line["stopped"]), 1.0)
+                add("stopped", (language, ALL), float(line["stopped"] and bool(line["written"].strip())), 1.0)
     return {key: Items(*np.array(pairs).T[:, None, :]) for key, pairs in found.items()}
 
 

@@ -16,6 +16,25 @@ from aquila_sft.errors import UserError
 Settings = dict[str, object]
 OWN = ("sources",)  # read by the study and not by train.py: which of the sources are trained on
 FINALS = "finals"
+KINDS = {  # every key of a plan: what it is, and what is said of another
+    "scale": (str, "a scale of train.py"),
+    "seed": (int, "a whole number"),
+    "seeds_of": (dict, "seeds of axes that have several: {axis: [1, 2]}"),
+    "base": (str, "a folder or a Hub id"),
+    "text": (str, "the final/ of a recipe=prepare"),
+    "text_bytes": (int, "a whole number from 1 on"),
+    "text_without": (list, "a list of sources of the text"),
+    "data": (dict, "files by source: data.<source>=<files>"),
+    "held_back": (int, "a whole number from 1 on"),
+    "train": (int, "a whole number from 1 on"),
+    "max_bytes": (int, "a whole number from 1 on"),
+    "out": (str, "a folder"),
+    "jobs": (int, "a whole number from 1 on"),
+    "evaluate": (dict, "settings of recipe=eval"),
+    "default": (dict, "settings of train.py"),
+    "axes": (dict, "settings by axis and label"),
+    FINALS: (dict, "seeds, and settings by label"),
+}
 
 
 @dataclass
@@ -38,12 +57,14 @@ def runs_of(plan: dict) -> list[Run]:
         stages = [plan["default"] | stage for stage in changes]
         key = repr([sorted(stage.items(), key=str) for stage in stages]) + str(seed)
         if key not in found:
-            found[key] = Run(slug(f"{axis} {label}" + (f" {seed}" if axis == FINALS else "")), stages, seed, changes)
+            is_named = axis == FINALS or seed != plan["seed"]
+            found[key] = Run(slug(f"{axis} {label}" + (f" {seed}" if is_named else "")), stages, seed, changes)
         found[key].places.append((axis, label))
 
     for axis, labels in plan["axes"].items():
         for label, change in labels.items():
-            add(axis, str(label), change, plan["seed"])
+            for seed in [plan["seed"], *plan.get("seeds_of", {}).get(axis, ())]:
+                add(axis, str(label), change, seed)
     for label, change in plan[FINALS]["runs"].items():
         for seed in plan[FINALS]["seeds"]:
             add(FINALS, str(label), change, seed)
@@ -65,29 +86,53 @@ def slug(text: str) -> str:
 
 
 def read(file: str, words: list[str]) -> dict:
-    """The plan in a file, with `key=value` words over it. Raises UserError for a key that no plan has."""
-    known = {
-        "seed",
-        "base",
-        "text",
-        "data",
-        "out",
-        "jobs",
-        "held_back",
-        "train",
-        "max_bytes",
-        "text_bytes",
-        "text_without",
-        "evaluate",
-    }
-    known |= {"scale", "default", "axes", FINALS}
+    """The plan in a file, with `key=value` words over it. Raises UserError for what no plan has, and what cannot run.
+
+    Behind `default.` stands a setting of train.py, whose points are its own; null takes an axis or a final run away.
+    """
+    prefix = "default."
     try:
-        plan = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(words))
+        plan = OmegaConf.merge(
+            OmegaConf.load(file), OmegaConf.from_dotlist([word for word in words if not word.startswith(prefix)])
+        )
     except OSError as error:
         raise UserError(f"plan={file}: {error.strerror}") from None
-    made = OmegaConf.to_container(plan)
-    if unknown := set(made) - known:
-        raise UserError(f"{', '.join(sorted(unknown))}: no part of a plan; it has {', '.join(sorted(known))}")
-    if missing := [key for key in sorted(known - {"text"}) if made.get(key) is None]:
-        raise UserError(f"{missing[0]}= is missing; recipes/study/plan.yaml says what it is")
-    return {"text": None} | made
+    made = {"text": None} | OmegaConf.to_container(plan)
+    if unknown := set(made) - set(KINDS):
+        raise UserError(f"{', '.join(sorted(unknown))}: no part of a plan; it has {', '.join(sorted(KINDS))}")
+    for key, (kind, told) in sorted(KINDS.items()):
+        value = made.get(key)
+        if value is None and key != "text":
+            raise UserError(f"{key}= is missing; recipes/study/plan.yaml says what it is")
+        if value is not None and (not isinstance(value, kind) or (kind is int and value < (key != "seed"))):
+            raise UserError(f"{key}={value!r}: {told}")
+    for word in (word for word in words if word.startswith(prefix)):
+        key, value = word.removeprefix(prefix).split("=", 1)
+        made["default"][key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
+    made["axes"] = {axis: labels for axis, labels in made["axes"].items() if labels is not None}
+    finals = made[FINALS]
+    if set(finals) != {"seeds", "runs"} or not finals["seeds"]:
+        raise UserError(f"{FINALS}: has seeds, at least one, and runs; given: {', '.join(finals)}")
+    finals["runs"] = {label: change for label, change in finals["runs"].items() if change is not None}
+    check(made)
+    return made
+
+
+def check(plan: dict) -> None:
+    """What would only be found when its run begins. Raises UserError."""
+    for name in ("out", *(f"data.{source}" for source in plan["data"])):
+        value = plan["out"] if name == "out" else name
+        if not re.fullmatch(r"[\w./+~-]+", value, re.ASCII):
+            raise UserError(f"{name}={value}: names and paths of a study are of letters, digits, and . _ / + ~ - alone")
+    for axis in set(plan.get("seeds_of", {})) - set(plan["axes"]):
+        raise UserError(f"seeds_of: {axis} is no axis of the plan; it has {', '.join(plan['axes'])}")
+    for run in runs_of(plan):
+        where, names = ": ".join(run.places[0]), set(plan["data"])
+        for stage in run.stages:
+            if missing := sorted(set(stage.get("sources") or ()) - names):
+                raise UserError(
+                    f"{where}: {', '.join(missing)} is no source of data=, which has {', '.join(sorted(names))}; name "
+                    f"yours so, or leave that axis out: axes.{run.places[0][0]}=null"
+                )
+            if stage.get("data.text.share") and not (plan["text"] or stage.get("data.text.shards")):
+                raise UserError(f"{where}: mixes text in, and text= is missing: the final/ of a recipe=prepare")

@@ -6,13 +6,14 @@ them, on the same answers, with its interval; a change of text is that against t
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.study import figures
 from recipes.study.figures import ALL, Measured
-from recipes.study.plan import FINALS, Run
+from recipes.study.plan import FINALS, Run, places_of
+from recipes.study.run import folders_of, is_finished
 
 LANGUAGES = ("en", "zh")
 HEAD = [
@@ -29,6 +30,14 @@ HEAD = [
 
 
 @dataclass
+class Figure:
+    value: float
+    low: float
+    high: float
+    items: int
+
+
+@dataclass
 class Row:
     axis: str
     label: str
@@ -36,29 +45,49 @@ class Row:
     of: Measured  # all seeds together
     tokens: int  # of a run
     seconds: float  # of a run, evaluation not counted
+    is_first: bool = False  # of its axis, in the plan
+    figures: dict[tuple[str, str], Figure] = field(default_factory=dict)  # by (measure, part), changes among them
 
 
-def rows_of(
-    runs: Iterable[Run], places: Sequence[tuple[str, str]], out: Path, text_without: Sequence[str]
-) -> list[Row]:
-    """A row for every place in the tables whose runs are finished."""
-    rows, read = [], {}
+def rows_of(runs: Iterable[Run], plan: dict, base: Measured, text: dict[str, str]) -> list[Row]:
+    """A row for every place in the tables whose runs are finished; `text`: what the plan has of it, by source."""
+    rows, read, places = [], {}, places_of(plan)
     for axis, label in places:
         listed = [run for run in runs if (axis, label) in run.places]
-        folders = [[out / "runs" / run.name / str(n) for n in range(1, len(run.stages) + 1)] for run in listed]
-        if not all((stages[-1] / "eval/answers.jsonl").is_file() for stages in folders):
+        if not all(is_finished(run, plan, text) for run in listed):
             continue
+        folders = [folders_of(run, plan) for run in listed]
         for stages in folders:
             if stages[-1] not in read:
-                read[stages[-1]] = figures.of_folder(stages[-1] / "eval", text_without)
+                read[stages[-1]] = figures.of_folder(stages[-1] / "eval", plan["text_without"])
         sums = [json.loads((stage / "summary.json").read_text("utf-8")) for stages in folders for stage in stages]
         tokens, seconds = (sum(s[key] for s in sums) / len(listed) for key in ("tokens", "seconds"))
         of = figures.together([read[stages[-1]] for stages in folders])
-        rows.append(Row(axis, label, listed, of, round(tokens), seconds))
+        is_first = (axis, label) == next(place for place in places if place[0] == axis)
+        rows.append(Row(axis, label, listed, of, round(tokens), seconds, is_first))
+    compare(rows, base)
     return rows
 
 
-def write(rows: list[Row], base: Measured, out: Path) -> str:
+def compare(rows: list[Row], base: Measured) -> None:
+    for row in rows:
+        row.figures = figures_of(row, reference(rows, row.axis), base)
+
+
+def figures_of(row: Row, other: Row | None, base: Measured) -> dict[tuple[str, str], Figure]:
+    """Every value of a row, and behind it its change against the other row (answers) or the base (text)."""
+    compared = {"answers": other.of if other and other.runs != row.runs else {}, "text": base}
+    found = {}
+    for (measure, part), of in row.of.items():
+        items = of.above.shape[1]
+        found[measure, part] = Figure(of.value(), *of.interval(), items)
+        if theirs := compared.get(measure, {}).get((measure, part)):
+            change = of.value() / theirs.value() - 1
+            found[f"{measure}, change", part] = Figure(change, *of.interval(theirs), items)
+    return found
+
+
+def write(rows: list[Row], out: Path) -> str:
     """The files; the tables as text, one of the axes and one of the finals."""
     lines, table, axis = [], [], None
     for row in rows:
@@ -67,10 +96,11 @@ def write(rows: list[Row], base: Measured, out: Path) -> str:
         if row.axis != axis:
             table.append(f"| **{row.axis}** " + "| " * len(HEAD) + "|")
         axis = row.axis
-        compared = reference(rows, axis)
-        compared = None if compared and compared.runs == row.runs else compared  # itself
-        table.append(f"| {row.label} | {' | '.join(cells(row, compared, base))} |")
-        lines += csv_lines(row, compared, base)
+        table.append(f"| {row.label} | {' | '.join(cells(row))} |")
+        about = [row.axis, row.label, len(row.runs)]
+        lines += [[*about, *key, of.value, of.low, of.high, of.items] for key, of in row.figures.items()]
+        lines.append([*about, "tokens", "", row.tokens, "", "", ""])
+        lines.append([*about, "seconds", "", round(row.seconds, 1), "", "", ""])
     text = "\n".join(table[1:]) + "\n"
     (out / "tables.md").write_text(text, "utf-8")
     with open(out / "figures.csv", "w", newline="", encoding="utf-8") as file:
@@ -81,59 +111,43 @@ def write(rows: list[Row], base: Measured, out: Path) -> str:
 
 
 def reference(rows: list[Row], axis: str) -> Row | None:
-    """What the rows of an axis are compared with."""
+    """What the rows of an axis are compared with: the first of the finals, the default among an axis's own or others.
+
+    None where that one is not finished.
+    """
     if axis == FINALS:
-        return next(row for row in rows if row.axis == FINALS)
-    return next((row for row in rows if row.axis != FINALS and not any(row.runs[0].changes)), None)
+        return next((row for row in rows if row.axis == FINALS and row.is_first), None)
+    defaults = [row for row in rows if row.axis != FINALS and not any(row.runs[0].changes)]
+    return next((row for row in defaults if row.axis == axis), defaults[0] if defaults else None)
 
 
-def cells(row: Row, default: Row | None, base: Measured) -> list[str]:
-    answers = [f"{of.value():.3f}" for of in values(row, "answers")]
-    followed = [share(of) for of in values(row, "followed")]
-    stopped = row.of.get(("stopped", ALL))
+def cells(row: Row) -> list[str]:
+    answers, followed = (
+        [of for language in LANGUAGES if (of := row.figures.get((measure, language)))]
+        for measure in ("answers", "followed")
+    )
+    stopped = row.figures.get(("stopped", ALL))
     return [
-        ", ".join(answers) or "–",
-        *(change(row, default and default.of, "answers", language) for language in LANGUAGES),
-        ", ".join(followed) or "–",
+        ", ".join(f"{of.value:.3f}" for of in answers) or "–",
+        *(change(row, "answers", language) for language in LANGUAGES),
+        ", ".join(map(share, followed)) or "–",
         share(stopped) if stopped else "–",
-        *(change(row, base, "text", language) for language in LANGUAGES),
+        *(change(row, "text", language) for language in LANGUAGES),
         f"{row.tokens / 1000:.0f}",
         f"{row.seconds:.0f}",
     ]
 
 
-def values(row: Row, measure: str) -> list[figures.Items]:
-    return [row.of[measure, language] for language in LANGUAGES if (measure, language) in row.of]
+def share(of: Figure) -> str:
+    return f"{100 * of.value:.0f} ± {50 * (of.high - of.low):.0f}"
 
 
-def share(of: figures.Items) -> str:
-    low, high = of.interval()
-    return f"{100 * of.value():.0f} ± {50 * (high - low):.0f}"
+def change(row: Row, measure: str, part: str) -> str:
+    of = row.figures.get((f"{measure}, change", part))
+    return f"{100 * of.value:+.1f} ({100 * of.low:+.1f} … {100 * of.high:+.1f})" if of else "–"
 
 
-def change(row: Row, other: Measured | None, measure: str, part: str) -> str:
-    mine, theirs = row.of.get((measure, part)), (other or {}).get((measure, part))
-    if mine is None or theirs is None:
-        return "–"
-    low, high = mine.interval(theirs)
-    return f"{100 * mine.value() / theirs.value() - 100:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
-
-
-def csv_lines(row: Row, default: Row | None, base: Measured) -> list[list[object]]:
-    about = [row.axis, row.label, len(row.runs)]
-    lines = []
-    for (measure, part), of in row.of.items():
-        lines.append([*about, measure, part, of.value(), *of.interval(), of.above.shape[1]])
-        compared = base if measure == "text" else default.of if default else {}
-        if measure in ("answers", "text") and (theirs := compared.get((measure, part))):
-            value = of.value() / theirs.value() - 1
-            lines.append([*about, f"{measure}, change", part, value, *of.interval(theirs), of.above.shape[1]])
-    lines.append([*about, "tokens", "", row.tokens, "", "", ""])
-    lines.append([*about, "seconds", "", round(row.seconds, 1), "", "", ""])
-    return lines
-
-
-def draw(rows: list[Row], base: Measured, path: Path) -> str | None:
+def draw(rows: list[Row], path: Path) -> str | None:
     """The change of every run, answers and text; why not, where matplotlib is not installed."""
     try:
         import matplotlib
@@ -143,22 +157,20 @@ def draw(rows: list[Row], base: Measured, path: Path) -> str | None:
     from matplotlib import pyplot
 
     shown = [row for row in rows if row.axis != FINALS]
-    default = reference(rows, "")
-    if default is None:
+    if reference(rows, "") is None:
         return "the plan's default is not finished"
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same figures give the same file
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.28 * len(shown)), sharey=True, layout="constrained")
-    sides = [("answers", default.of, "held-back answers against the default"), ("text", base, "text against the base")]
-    for panel, (measure, other, title) in zip(panels, sides, strict=True):
+    sides = {"answers": "held-back answers against the default", "text": "text against the base"}
+    for panel, (measure, title) in zip(panels, sides.items(), strict=True):
         for offset, language, colour in ((-0.12, "en", "tab:blue"), (0.12, "zh", "tab:red")):
             for at, row in enumerate(shown):
-                mine, theirs = row.of.get((measure, language)), other.get((measure, language))
-                if mine is None or theirs is None:
+                of = row.figures.get((f"{measure}, change", language))
+                if of is None:
                     continue
-                low, high = mine.interval(theirs)
-                panel.plot([100 * low, 100 * high], [at + offset] * 2, color=colour, linewidth=1)
-                value = 100 * (mine.value() / theirs.value() - 1)
-                panel.plot(value, at + offset, "o", color=colour, markersize=4, label=language if not at else None)
+                panel.plot([100 * of.low, 100 * of.high], [at + offset] * 2, color=colour, linewidth=1)
+                label = None if language in panel.get_legend_handles_labels()[1] else language
+                panel.plot(100 * of.value, at + offset, "o", color=colour, markersize=4, label=label)
         panel.axvline(0, color="black", linewidth=0.5)
         panel.set_xscale("symlog", linthresh=5)
         panel.set_title(f"bits per byte of {title}, %")

@@ -2,7 +2,8 @@
 
     Run -> train.py recipe=sft …, a command a stage -> <out>/runs/<name>/<stage>/ with eval/ in the last
 
-What is finished is not begun again, what was broken off goes on: train.py's own doing.
+What is finished is not begun again, what was broken off goes on: train.py's own doing. Of several at a time each has
+its share of the cores, and one of the GPUs that CUDA_VISIBLE_DEVICES names (without it, of all there are).
 """
 
 import json
@@ -14,9 +15,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.study.plan import OWN, Run
+from recipes.study.plan import OWN, Run, Settings
 
 TRAIN = Path(__file__).parents[2] / "train.py"
+DONE = "study.json"  # in the folder of a command that ended well: its words
 
 
 def word(value: object) -> str:
@@ -28,12 +30,16 @@ def word(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def words(settings: Settings) -> list[str]:
+    return [f"{key}={word(value)}" for key, value in settings.items()]
+
+
 def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list[str]]]:
     """The folder and the words of train.py of every stage."""
     out = Path(plan["out"])
     held_back = [str(out / "held-back" / f"{source}.jsonl") for source in plan["data"]]
     made, base = [], plan["base"]
-    for number, stage in enumerate(run.stages, 1):
+    for number, (stage, folder) in enumerate(zip(run.stages, folders_of(run, plan), strict=True), 1):
         chosen = stage.get("sources") or list(plan["data"])
         settings = {
             "recipe": "sft",
@@ -43,9 +49,9 @@ def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list
             "data.files": [str(out / "train" / f"{source}.jsonl") for source in chosen],
             "data.decontaminate": str(out / "items"),
             "data.cache": str(out / "cache"),
-            "output_dir": str(out / "runs" / run.name / str(number)),
+            "output_dir": str(folder),
             "train.save_steps": 10**6,
-        } | {key: value for key, value in stage.items() if key not in OWN}
+        } | own(stage)
         if stage.get("data.text.share"):
             settings.setdefault("data.text.shards", plan["text"])
         if number == len(run.stages):
@@ -53,8 +59,7 @@ def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list
             settings["evaluate"] = {"tasks": tasks, "references": held_back} | plan["evaluate"]
             if text:
                 settings["evaluate"]["text"] = text
-        folder = out / "runs" / run.name / str(number)
-        made.append((folder, [f"{key}={word(value)}" for key, value in settings.items()]))
+        made.append((folder, words(settings)))
         base = f"{folder}/final"
     return made
 
@@ -63,15 +68,30 @@ def base_command(plan: dict, text: dict[str, str]) -> list[str]:
     """The text before tuning."""
     about = {"recipe": "eval", "scale": plan["scale"], "model.path": plan["base"], "eval.tasks": ["text"]}
     about |= {"data.files": text, "output_dir": str(Path(plan["out"]) / "base")}
-    return [f"{key}={word(value)}" for key, value in about.items()]
+    return words(about)
 
 
-def is_done(folder: Path, command: list[str]) -> bool:
-    """Whether that command ended well in that folder."""
+def own(stage: Settings) -> Settings:
+    """A stage's settings of train.py."""
+    return {key: value for key, value in stage.items() if key not in OWN}
+
+
+def done_in(folder: Path) -> list[str]:
+    """The words of the command that ended well in that folder; none, where none did."""
     try:
-        return json.loads((folder / "study.json").read_text("utf-8")) == command
+        return json.loads((folder / DONE).read_text("utf-8"))
     except (OSError, ValueError):
-        return False
+        return []
+
+
+def is_finished(run: Run, plan: dict, text: dict[str, str]) -> bool:
+    """Whether every stage was trained as the plan now says; only then its figures are the plan's."""
+    return all(done_in(folder) == command for folder, command in jobs_of(run, plan, text))
+
+
+def folders_of(run: Run, plan: dict) -> list[Path]:
+    """Of its stages."""
+    return [Path(plan["out"]) / "runs" / run.name / str(number) for number in range(1, len(run.stages) + 1)]
 
 
 def run_all(jobs: dict[str, list[tuple[Path, list[str]]]], at_once: int, say: Callable[[str], None]) -> dict[str, str]:
@@ -89,10 +109,14 @@ def run_all(jobs: dict[str, list[tuple[Path, list[str]]]], at_once: int, say: Ca
             except queue.Empty:
                 return
             for folder, command in commands:
-                if is_done(folder, command):
+                if done_in(folder) == command:
                     continue
                 say(f"  {name}")
-                if why := run_one(folder, command, slot, at_once):
+                try:
+                    why = run_one(folder, command, slot, at_once)
+                except OSError as error:
+                    why = str(error)
+                if why:
                     failed[name] = why
                     say(f"  {name}: {why}")
                     break
@@ -116,16 +140,25 @@ def run_one(folder: Path, command: list[str], slot: int, at_once: int) -> str | 
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     mine = cores[slot::at_once]
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, len(mine)))}
-    if at_once > 1 and (gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))[slot:]:
-        env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+    env = dict(os.environ)
+    if cores:
+        env["OMP_NUM_THREADS"] = str(max(1, len(mine)))
+    if at_once > 1 and (gpus := gpus_here()):
+        env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     log = folder.with_name(f"{folder.name}.log")
     status = train(command, log, env, mine if at_once > 1 else [])
     if status:
         lines = log.read_text("utf-8", "replace").strip().splitlines() or [f"status {status}"]
         return f"{lines[-1].split(chr(13))[-1]} ({log})"
-    (folder / "study.json").write_text(json.dumps(command), "utf-8")
+    (folder / DONE).write_text(json.dumps(command), "utf-8")
     return None
+
+
+def gpus_here() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(n) for n in range(torch.cuda.device_count())] if named is None else [n for n in named.split(",") if n]
 
 
 def train(command: list[str], log: Path, env: dict[str, str], cores: list[int]) -> int:

@@ -5,11 +5,12 @@
 
 Held back are those whose questions have the smallest hashes: the same on any machine, whatever else is in the files.
 items/ has their questions and answers as benchmark items, so that data.decontaminate= keeps copies of them out of what
-is trained on.
+is trained on. Runs of one folder are compared item by item, so what is there is never replaced by another split.
 """
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from aquila_sft.config.data import ConversationPolicy
@@ -19,6 +20,42 @@ from aquila_sft.data.shards import Prepared
 from aquila_sft.errors import UserError
 
 DOCUMENT_BYTES = 2000  # many short ones tell more than a few long ones
+PARTS = ("train", "held-back", "items", "text")
+
+
+def prepare(plan: dict, rules: ConversationPolicy, out: Path) -> None:
+    """All of it, in `out`. Raises UserError where another split lies there already."""
+    fresh = out / "split.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    for source, files in plan["data"].items():
+        of_source(source, files, plan, rules, fresh)
+    if plan["text"]:
+        of_text(Path(plan["text"]), plan["text_bytes"], fresh)
+    for part in PARTS:
+        if not (fresh / part).exists():
+            continue
+        if not (out / part).exists():
+            (fresh / part).rename(out / part)
+        elif contents(fresh / part) != contents(out / part):
+            raise UserError(
+                f"{out / part} is of other data, or of another held_back=, train=, max_bytes= or text_bytes=; runs of "
+                "both do not compare: use another out=, or delete this one"
+            )
+    shutil.rmtree(fresh)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def texts(plan: dict, out: Path) -> dict[str, str]:
+    """The files of text by source. Raises UserError for a source of text_without that is not there."""
+    if not plan["text"]:
+        return {}
+    found = {file.stem.replace(".", "_"): str(file) for file in sorted((out / "text").glob("*.jsonl"))}
+    if found and (unknown := sorted(set(plan["text_without"]) - set(found))):
+        raise UserError(f"text_without={unknown}: the text has {', '.join(found)}")
+    return found
 
 
 def of_source(name: str, files: object, plan: dict, rules: ConversationPolicy, out: Path) -> None:
@@ -48,14 +85,13 @@ def of_source(name: str, files: object, plan: dict, rules: ConversationPolicy, o
     write(out / "items" / f"{name}.jsonl", items)
 
 
-def of_text(shards: Path, max_bytes: int, out: Path) -> dict[str, str]:
-    """About `max_bytes` of held-back documents of every part, as text; {source: file}. Of a long one its beginning."""
+def of_text(shards: Path, max_bytes: int, out: Path) -> None:
+    """About `max_bytes` of held-back documents of every part, as text. Of a long one its beginning."""
     from aquila_sft.tokenizer import load_tokenizer
 
     prepared = Prepared(shards)
     tokenizer = load_tokenizer(prepared.tokenizer_folder)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    files = {}
     for name, part in prepared.held_back.items():
         documents, size = [], 0
         tokens, begins = part.read(0, part.tokens)
@@ -67,11 +103,9 @@ def of_text(shards: Path, max_bytes: int, out: Path) -> dict[str, str]:
             size += len(text.encode())
             if size >= max_bytes:
                 break
-        files[name.replace(".", "_")] = write(out / "text" / f"{name}.jsonl", documents)
-    return files
+        write(out / "text" / f"{name}.jsonl", documents)
 
 
-def write(file: Path, records: list[dict]) -> str:
+def write(file: Path, records: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-    return str(file)
