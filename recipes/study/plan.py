@@ -97,7 +97,7 @@ def read(file: str, words: list[str]) -> dict:
         )
     except OSError as error:
         raise UserError(f"plan={file}: {error.strerror}") from None
-    made = {"text": None} | OmegaConf.to_container(plan)
+    made = {"text": None, "seeds_of": {}} | OmegaConf.to_container(plan)
     if unknown := set(made) - set(KINDS):
         raise UserError(f"{', '.join(sorted(unknown))}: no part of a plan; it has {', '.join(sorted(KINDS))}")
     for key, (kind, told) in sorted(KINDS.items()):
