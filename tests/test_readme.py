@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
+import yaml
 from tiny import SENTENCES, tiny_conversations, tiny_ranks, tiny_tokenizer, write_jsonl, write_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,12 +93,14 @@ def test_the_way_from_text_to_a_tuned_model_at_the_real_scale(tmp_path):
 
 
 def test_every_setting_that_the_readme_names_exists():
-    """`group.key=` anywhere in the README is a setting of some recipe."""
+    """`group.key=` anywhere in the README is a setting of some recipe, or an axis of the study's plan."""
     sys.path.insert(0, str(ROOT))
     from aquila_sft.config.runs import SCHEMAS
     from aquila_sft.door import setting_names
 
     known = {name for schema in SCHEMAS.values() for name in setting_names(schema)}
+    plan = yaml.safe_load((ROOT / "recipes/study/plan.yaml").read_text("utf-8"))
+    known |= {f"axes.{axis}" for axis in plan["axes"]}
     for page in ("README.md", "README.zh-CN.md"):
         named = set(re.findall(r"(?<![\w.])([a-z]+(?:\.[a-z_]+)+)=", (ROOT / page).read_text("utf-8")))
         assert named and named <= known, named - known
