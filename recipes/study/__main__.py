@@ -57,7 +57,7 @@ def study(words: list[str]) -> int:
             jobs = {"base": [(out / "base", run.base_command(plan, text))]} | jobs
         print(f"{len(chosen)} runs, {plan['jobs']} at a time -> {out}", flush=True)
         failed = run.run_all(jobs, plan["jobs"], say)
-    has_text = f"model.path={plan['base']}" in run.done_in(out / "base")
+    has_text = run.done_in(out / "base") == run.base_command(plan, text)
     base = figures.of_folder(out / "base", plan["text_without"]) if has_text else {}
     rows = report.rows_of(runs, plan, base, text)
     print(report.write(rows, out))

@@ -91,10 +91,10 @@ def read(file: str, words: list[str]) -> dict:
     Behind `default.` stands a setting of train.py, whose points are its own; null takes an axis or a final run away.
     """
     prefix = "default."
+    of_default = [word for word in words if word.startswith(prefix)]
+    of_plan = [word for word in words if not word.startswith(prefix)]
     try:
-        plan = OmegaConf.merge(
-            OmegaConf.load(file), OmegaConf.from_dotlist([word for word in words if not word.startswith(prefix)])
-        )
+        plan = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(of_plan))
     except OSError as error:
         raise UserError(f"plan={file}: {error.strerror}") from None
     made = {"text": None, "seeds_of": {}} | OmegaConf.to_container(plan)
@@ -106,7 +106,7 @@ def read(file: str, words: list[str]) -> dict:
             raise UserError(f"{key}= is missing; recipes/study/plan.yaml says what it is")
         if value is not None and (not isinstance(value, kind) or (kind is int and value < (key != "seed"))):
             raise UserError(f"{key}={value!r}: {told}")
-    for word in (word for word in words if word.startswith(prefix)):
+    for word in of_default:
         key, value = word.removeprefix(prefix).split("=", 1)
         made["default"][key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
     made["axes"] = {axis: labels for axis, labels in made["axes"].items() if labels is not None}
