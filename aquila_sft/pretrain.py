@@ -184,25 +184,26 @@ class Trainer:
             group["lr"] = lr
         world = runtime.world_size()
         counted = self.summed(torch.full((), float(loaded.targets), device=self.device))
+        # DDP averages over processes, hence the quotient: the sum over the step / its targets everywhere
+        items = counted.clamp(min=1) / world
         lost = torch.zeros((), device=self.device)
         for number, batch in enumerate(loaded.batches, 1):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             with self.gradients_stay(number < len(loaded.batches)):
-                nats = self.wrapped(**batch).loss
-                # DDP averages over processes, hence the factor: the sum over the step / its targets everywhere
-                self.accelerator.backward(nats / counted.clamp(min=1) * world)
-            lost += nats.detach()
+                loss = self.wrapped(**batch, num_items=items).loss
+                self.accelerator.backward(loss)
+            lost += loss.detach()
         limit = self.cfg.optim.max_grad_norm or math.inf  # 0: no clipping, the norm is logged all the same
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         # Every process holds the same norm; reduced with the loss, all of them judge the very same figures.
         asked = torch.full_like(lost, self.stop.name is not None)
-        lost, grad_norm, asked = self.summed(torch.stack([lost, grad_norm / world, asked])).unbind()
-        bad = self.guard.judge(lost / counted.clamp(min=1), grad_norm, loaded.step)
+        lost, grad_norm, asked = self.summed(torch.stack([lost / world, grad_norm / world, asked])).unbind()
+        bad = self.guard.judge(lost, grad_norm, loaded.step)
         self.optimizer.found_inf = bad  # the fused kernel's own way to leave an update out, as GradScaler uses it
         self.optimizer.step()
         self.optimizer.zero_grad()
         made = bad == 0
-        return Update(torch.where(made, lost, 0.0), torch.where(made, counted, 0.0), grad_norm, lr, asked)
+        return Update(torch.where(made, lost * counted, 0.0), torch.where(made, counted, 0.0), grad_norm, lr, asked)
 
     def gradients_stay(self, is_so: bool) -> contextlib.AbstractContextManager:
         """Between micro-batches processes do not exchange gradients."""

@@ -127,9 +127,10 @@ def install_loss(base: torch.nn.Module, kernel: str) -> None:
     """After this, model(input_ids=…, position_ids=…, targets=…) returns `loss`: the sum of -log p over targets.
 
     targets int64 [B, T]: what each position has to predict (labels shifted left), -100 where nothing. token_weights
-    fp32 [B, T]: what each target's -log p is multiplied by. With per_token=True, `loss` is fp32 [B, T], 0 where
-    ignored, without gradients. Without targets the forward is the class's own, so generation is unchanged. A PEFT or
-    DDP wrapper around the model passes the arguments through.
+    fp32 [B, T]: what each target's -log p is multiplied by. num_items, more than 0: what the sum is divided by; on a
+    CPU that spares the pass over the head's gradient which a later division would take. With per_token=True, `loss` is
+    fp32 [B, T], 0 where ignored, without gradients. Without targets the forward is the class's own, so generation is
+    unchanged. A PEFT or DDP wrapper around the model passes the arguments through.
     """
     own_forward = type(base).forward
 
@@ -139,6 +140,7 @@ def install_loss(base: torch.nn.Module, kernel: str) -> None:
         *args,
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
+        num_items: Tensor | float | None = None,
         per_token: bool = False,
         **kwargs,
     ):
@@ -149,7 +151,8 @@ def install_loss(base: torch.nn.Module, kernel: str) -> None:
         if per_token:
             return CausalLMOutput(loss=-linear_log_probs(*given, kernel=kernel).view_as(targets))
         weights = None if token_weights is None else token_weights.flatten()
-        return CausalLMOutput(loss=linear_cross_entropy(*given, reduction="sum", token_weights=weights, kernel=kernel))
+        how = dict(reduction="sum", token_weights=weights, num_items=num_items, kernel=kernel)
+        return CausalLMOutput(loss=linear_cross_entropy(*given, **how))
 
     base.forward = types.MethodType(forward, base)
     base.swapped = Swapped()

@@ -34,7 +34,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from aquila_sft import checkpoint, runtime, schedule, swap
+from aquila_sft import checkpoint, heap, runtime, schedule, swap
 from aquila_sft import model as models
 from aquila_sft.config.model import KernelChoice, Precision
 from aquila_sft.config.runs import SftRun
@@ -140,6 +140,8 @@ class SftTrainer(SFTTrainer):
         self.guard = Guard(spike_sigma=0, max_skipped=MAX_SKIPPED, device=self.args.device)
         # after TRL installed its own fused head
         swap.install(self.model, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
+        if choices.device == "cpu":
+            heap.install(self.model)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.narrator = Narrator(self, order, rows, stop)
@@ -155,20 +157,20 @@ class SftTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of -log p over this micro-batch's targets / targets of the whole step, all processes and micro-batches.
 
-        A mean of means would weigh tokens in emptier rows more. DDP averages gradients over processes, hence the
-        factor at the end.
+        A mean of means would weigh tokens in emptier rows more. DDP averages gradients over processes, hence their
+        number.
         """
         if num_items_in_batch is None or return_outputs:
             raise RuntimeError("the Trainer did not count this step's supervised tokens; its interface has changed")
         weights = inputs.get("weights")
-        loss_sum = model(
+        items = torch.as_tensor(num_items_in_batch)
+        return model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             targets=swap.targets_of(inputs["labels"]),
             token_weights=None if weights is None else swap.shifted(weights, 0.0),
+            num_items=torch.where(items > 0, items, 1) / self.accelerator.num_processes,
         ).loss
-        items = torch.as_tensor(num_items_in_batch)
-        return loss_sum / torch.where(items > 0, items, 1) * self.accelerator.num_processes
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -264,17 +264,30 @@ def test_nothing_is_saved_without_gradients_and_only_the_gradients_with_them():
     assert [t.shape for t in saved] == [h.shape, w.shape]
 
 
+@pytest.mark.parametrize("upstream", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_twice_gives_the_same_gradients_and_writes_to_no_input(dtype):
+def test_backward_twice_gives_the_same_gradients_and_writes_to_no_input(dtype, upstream):
     h, w, target = seeded(dtype=dtype)
     h.requires_grad_(), w.requires_grad_()
     num_items, before = torch.tensor(5), [t.detach().clone() for t in (h, w, target)]
-    loss = linear_cross_entropy(h, w, target, num_items=num_items) * 3
+    loss = linear_cross_entropy(h, w, target, num_items=num_items) * upstream
     first = torch.autograd.grad(loss, (h, w), retain_graph=True)
     kept = [g.clone() for g in first]
     second = torch.autograd.grad(loss, (h, w))
     assert all(map(torch.equal, first, kept)) and all(map(torch.equal, first, second))
     assert all(map(torch.equal, (h, w, target), before)) and num_items == 5
+
+
+def test_a_gradient_that_nothing_scales_is_handed_on_without_a_copy_and_may_still_be_added_to():
+    h, w, target = seeded(dtype=torch.float32)
+    h.requires_grad_(), w.requires_grad_()
+    loss = linear_cross_entropy(h, w, target)
+    (first,), (second,) = (torch.autograd.grad(loss, w, retain_graph=True) for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
+    kept = first.clone()
+    for times in (1, 2, 3):  # .grad is added to in place: not what is kept for the next backward
+        loss.backward(retain_graph=times < 3)
+        assert torch.allclose(w.grad, times * kept, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("upstream", [-2.5, 0.0, 1e-3])

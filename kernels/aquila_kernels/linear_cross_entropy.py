@@ -214,7 +214,13 @@ def _scale_gradients(ctx, upstream, *_):
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient x upstream, rounded to dtype once, in a new tensor."""
+    """gradient x upstream, rounded to dtype once; the tensor itself where a CPU knows that to be the same.
+
+    A caller has it so by num_items instead of a division of the loss. Elsewhere to look would be to wait.
+    """
+    looks = upstream.device.type == "cpu" and type(upstream) is Tensor  # what is traced has no value to look at
+    if looks and gradient.dtype == dtype and upstream == 1:
+        return gradient  # autograd copies what is kept for another backward before it writes to it
     if gradient.dtype == dtype or torch.compiler.is_compiling():  # a compiled product has no tensor in between
         return (gradient * upstream).to(dtype)
     scaled = torch.empty_like(gradient, dtype=dtype)
