@@ -188,12 +188,19 @@ def test_a_run_that_cannot_be_written_is_told_and_the_next_one_goes_on(tmp_path,
 def test_another_split_never_replaces_the_one_that_runs_were_compared_on(tmp_path):
     write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(60))
     rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
-    told = {"held_back": 10, "train": 20, "max_bytes": 5000, "text": None, "data": {"a": str(tmp_path / "chat.jsonl")}}
+    told = {
+        "skip": 0,
+        "held_back": 10,
+        "train": 20,
+        "max_bytes": 5000,
+        "text": None,
+        "data": {"a": str(tmp_path / "chat.jsonl")},
+    }
     out = tmp_path / "study"
     split.prepare(told, rules, out)
     before = split.contents(out / "held-back")
     split.prepare(told, rules, out)
-    with pytest.raises(UserError, match=r"study/train is of other data, or of another held_back="):
+    with pytest.raises(UserError, match=r"study/train is of other data, or of another skip=, held_back="):
         split.prepare(told | {"held_back": 12}, rules, out)
     assert split.contents(out / "held-back") == before
 
@@ -201,7 +208,7 @@ def test_another_split_never_replaces_the_one_that_runs_were_compared_on(tmp_pat
 def test_what_is_held_back_is_neither_trained_on_nor_dependent_on_the_order(tmp_path):
     records = tiny_conversations(60)
     rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean
-    told = {"held_back": 10, "train": 20, "max_bytes": 10_000}
+    told = {"skip": 0, "held_back": 10, "train": 20, "max_bytes": 10_000}
     for name, listed in (("one", records), ("two", records[::-1] + records)):
         write_jsonl(tmp_path / f"{name}.jsonl", listed)
         split.of_source("a", str(tmp_path / f"{name}.jsonl"), told, rules, tmp_path / name)
@@ -210,8 +217,14 @@ def test_what_is_held_back_is_neither_trained_on_nor_dependent_on_the_order(tmp_
     assert not set(held.splitlines()) & set(kept.splitlines())
     assert (tmp_path / "two/held-back/a.jsonl").read_text() == held
     assert (tmp_path / "two/train/a.jsonl").read_text() == kept
-    with pytest.raises(UserError, match="54 conversations, 54 are to be held back"):
+    with pytest.raises(UserError, match="54 conversations, 54 are to be held back behind 0"):
         split.of_source("a", str(tmp_path / "one.jsonl"), told | {"held_back": 54}, rules, tmp_path)
+    split.of_source(
+        "a", str(tmp_path / "one.jsonl"), told | {"skip": {"a": 10}, "held_back": {"a": 12}}, rules, tmp_path
+    )
+    others = (tmp_path / "held-back/a.jsonl").read_text().splitlines()
+    assert len(others) == 12 and not set(others) & set(held.splitlines())  # settings chosen on one, judged on the other
+    assert set(others) < set(kept.splitlines())
     split.of_source("a", str(tmp_path / "one.jsonl"), told | {"max_bytes": 300}, rules, tmp_path / "short")
     for line in (tmp_path / "short/train/a.jsonl").read_text().splitlines():
         assert sum(len(m["content"].encode()) for m in json.loads(line)["messages"]) <= 300

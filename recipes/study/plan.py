@@ -16,20 +16,23 @@ from aquila_sft.errors import UserError
 Settings = dict[str, object]
 OWN = ("sources",)  # read by the study and not by train.py: which of the sources are trained on
 FINALS = "finals"
+FROM_ONE, OR_BY_SOURCE = "a whole number from 1 on", "or one for each source: {source: 5}"
+BY_SOURCE, FROM_ZERO = ("skip", "held_back", "train"), ("seed", "skip")
 KINDS = {  # every key of a plan: what it is, and what is said of another
     "scale": (str, "a scale of train.py"),
     "seed": (int, "a whole number"),
     "seeds_of": (dict, "seeds of axes that have several: {axis: [1, 2]}"),
     "base": (str, "a folder or a Hub id"),
     "text": (str, "the final/ of a recipe=prepare"),
-    "text_bytes": (int, "a whole number from 1 on"),
+    "text_bytes": (int, FROM_ONE),
     "text_without": (list, "a list of sources of the text"),
     "data": (dict, "files by source: data.<source>=<files>"),
-    "held_back": (int, "a whole number from 1 on"),
-    "train": (int, "a whole number from 1 on"),
-    "max_bytes": (int, "a whole number from 1 on"),
+    "skip": (int, f"a whole number, {OR_BY_SOURCE}"),
+    "held_back": (int, f"{FROM_ONE}, {OR_BY_SOURCE}"),
+    "train": (int, f"{FROM_ONE}, {OR_BY_SOURCE}"),
+    "max_bytes": (int, FROM_ONE),
     "out": (str, "a folder"),
-    "jobs": (int, "a whole number from 1 on"),
+    "jobs": (int, FROM_ONE),
     "evaluate": (dict, "settings of recipe=eval"),
     "default": (dict, "settings of train.py"),
     "axes": (dict, "settings by axis and label"),
@@ -97,14 +100,14 @@ def read(file: str, words: list[str]) -> dict:
         plan = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(of_plan))
     except OSError as error:
         raise UserError(f"plan={file}: {error.strerror}") from None
-    made = {"text": None, "seeds_of": {}} | OmegaConf.to_container(plan)
+    made = {"text": None, "seeds_of": {}, "skip": 0} | OmegaConf.to_container(plan)
     if unknown := set(made) - set(KINDS):
         raise UserError(f"{', '.join(sorted(unknown))}: no part of a plan; it has {', '.join(sorted(KINDS))}")
-    for key, (kind, told) in sorted(KINDS.items()):
+    for key, (_, told) in sorted(KINDS.items()):
         value = made.get(key)
         if value is None and key != "text":
             raise UserError(f"{key}= is missing; recipes/study/plan.yaml says what it is")
-        if value is not None and (not isinstance(value, kind) or (kind is int and value < (key != "seed"))):
+        if value is not None and not fits(key, value):
             raise UserError(f"{key}={value!r}: {told}")
     for word in of_default:
         key, value = word.removeprefix(prefix).split("=", 1)
@@ -118,12 +121,23 @@ def read(file: str, words: list[str]) -> dict:
     return made
 
 
+def fits(key: str, value: object) -> bool:
+    """Whether a part of a plan can be that value."""
+    kind, _ = KINDS[key]
+    if key in BY_SOURCE and isinstance(value, dict):
+        return all(fits(key, number) for number in value.values())
+    return isinstance(value, kind) and (kind is not int or value >= (key not in FROM_ZERO))
+
+
 def check(plan: dict) -> None:
     """What would only be found when its run begins. Raises UserError."""
     for name in ("out", *(f"data.{source}" for source in plan["data"])):
         value = plan["out"] if name == "out" else name
         if not re.fullmatch(r"[\w./+~-]+", value, re.ASCII):
             raise UserError(f"{name}={value}: names and paths of a study are of letters, digits, and . _ / + ~ - alone")
+    for key in BY_SOURCE:
+        if isinstance(plan[key], dict) and set(plan[key]) != set(plan["data"]):
+            raise UserError(f"{key}= has {', '.join(sorted(plan[key]))}, and data= {', '.join(sorted(plan['data']))}")
     for axis in set(plan.get("seeds_of", {})) - set(plan["axes"]):
         raise UserError(f"seeds_of: {axis} is no axis of the plan; it has {', '.join(plan['axes'])}")
     for run in runs_of(plan):

@@ -3,7 +3,8 @@
     conversations of each source -> train/<source>.jsonl, held-back/<source>.jsonl, items/<source>.jsonl
     held-back part of shards     -> text/<source>.<language>.jsonl
 
-Held back are those whose questions have the smallest hashes: the same on any machine, whatever else is in the files.
+Held back are those whose questions have the smallest hashes: the same on any machine, whatever else is in the files. A
+plan's `skip` passes over the first of them: settings that were chosen on one study's answers are judged on others.
 items/ has their questions and answers as benchmark items, so that data.decontaminate= keeps copies of them out of what
 is trained on. Runs of one folder are compared item by item, so what is there is never replaced by another split.
 """
@@ -38,8 +39,8 @@ def prepare(plan: dict, rules: ConversationPolicy, out: Path) -> None:
             (fresh / part).rename(out / part)
         elif contents(fresh / part) != contents(out / part):
             raise UserError(
-                f"{out / part} is of other data, or of another held_back=, train=, max_bytes= or text_bytes=; runs of "
-                "both do not compare: use another out=, or delete this one"
+                f"{out / part} is of other data, or of another skip=, held_back=, train=, max_bytes= or text_bytes=; "
+                "runs of both do not compare: use another out=, or delete this one"
             )
     shutil.rmtree(fresh)
 
@@ -59,11 +60,11 @@ def texts(plan: dict, out: Path) -> dict[str, str]:
 
 
 def of_source(name: str, files: object, plan: dict, rules: ConversationPolicy, out: Path) -> None:
-    """The plan's `held_back` conversations of a source, and `train` others at most, none longer than `max_bytes`.
+    """The plan's `held_back` conversations of a source behind `skip` others, and `train` more at most.
 
-    Raises UserError where there are too few.
+    None is longer than `max_bytes`. Raises UserError where there are too few.
     """
-    held_back = plan["held_back"]
+    skip, held_back, train = (number(plan, key, name) for key in ("skip", "held_back", "train"))
     found = {}
     for file in sources.find([files] if isinstance(files, str) else files, setting=f"data.{name}"):
         for _, record in sources.read(file):
@@ -73,16 +74,22 @@ def of_source(name: str, files: object, plan: dict, rules: ConversationPolicy, o
                 asked = "\n".join(said_by(verdict.messages, "user"))
                 found.setdefault(hashlib.sha256(asked.encode()).digest(), verdict.messages)
     chosen = [found[key] for key in sorted(found)]
-    if len(chosen) <= held_back:
-        raise UserError(f"data.{name}: {len(chosen)} conversations, {held_back} are to be held back; lower held_back=")
-    rest = chosen[held_back:]
-    for part, listed in (("held-back", chosen[:held_back]), ("train", rest[: plan["train"]])):
+    first, last = skip, skip + held_back
+    if len(chosen) <= last:
+        told = f"{held_back} are to be held back behind {skip}; lower held_back= or skip="
+        raise UserError(f"data.{name}: {len(chosen)} conversations, {told}")
+    for part, listed in (("held-back", chosen[first:last]), ("train", chosen[last : last + train])):
         write(out / part / f"{name}.jsonl", [{"messages": messages, "source": name} for messages in listed])
     items = [
         {"question": "\n".join(m["content"] for m in messages[:-1]), "answer": messages[-1]["content"]}
-        for messages in chosen[:held_back]
+        for messages in chosen[first:last]
     ]
     write(out / "items" / f"{name}.jsonl", items)
+
+
+def number(plan: dict, key: str, source: str) -> int:
+    """Of conversations of that source: the plan has one number for all, or one each."""
+    return plan[key][source] if isinstance(plan[key], dict) else plan[key]
 
 
 def of_text(shards: Path, max_bytes: int, out: Path) -> None:
