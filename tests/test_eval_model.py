@@ -19,6 +19,7 @@ from tiny import SENTENCES, tiny_conversations, tiny_model, tiny_tokenizer, writ
 
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import forward
+from aquila_sft.evaluation.choosing import Chooser, Choosing
 
 ROOT = Path(__file__).parents[1]
 OWN = ROOT / "tests/eval_reference/items"
@@ -112,7 +113,7 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_generate(parts):
     model, tokenizer = parts
     prompts = [list(ids(1, 3)), list(ids(2, 11)), list(ids(3, 6))]
     lengths = [12, 5, 9]
-    found = dict(forward.greedy(model, prompts, lengths, lambda *_: False, 0, len(tokenizer), NO_AUTOCAST))
+    found = dict(forward.answers(model, prompts, lengths, lambda *_: False, 0, len(tokenizer), NO_AUTOCAST))
     for place, prompt in enumerate(prompts):
         wanted = model.generate(
             torch.tensor([prompt]), max_new_tokens=lengths[place], do_sample=False, eos_token_id=None, pad_token_id=0
@@ -120,12 +121,65 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_generate(parts):
         assert found[place] == wanted[0, len(prompt) :].tolist()
 
 
+def test_a_penalty_of_repetition_is_that_of_generate_in_a_padded_batch_too(parts):
+    model, tokenizer = parts
+    prompts, lengths = [list(ids(1, 3)), list(ids(2, 11))], [12, 9]
+    given = (lambda *_: False, 0, len(tokenizer), NO_AUTOCAST)
+    found = dict(forward.answers(model, prompts, lengths, *given, Choosing(repetition_penalty=1.3)))
+    assert found != dict(forward.answers(model, prompts, lengths, *given))
+    for place, prompt in enumerate(prompts):
+        wanted = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=lengths[place],
+            do_sample=False,
+            repetition_penalty=1.3,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert found[place] == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.7, 0.0)])
+def test_tokens_are_drawn_as_often_as_transformers_says_they_should_be(temperature, top_p):
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    wanted = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits)).softmax(-1)[0]
+    draws = 20_000
+    choose = Chooser(Choosing(temperature, top_p, seed=5), [[0]] * draws, list(map(str, range(draws))), 40, "cpu")
+    shares = choose(logits.expand(draws, -1)).bincount(minlength=40) / draws
+    assert (shares[wanted == 0] == 0).all()
+    deviation = (wanted * (1 - wanted) / draws).sqrt()
+    assert ((shares - wanted).abs() <= 4.5 * deviation).all()  # of 40 tokens none is that far off by chance
+
+
+def test_a_drawn_answer_depends_on_seed_and_stream_alone(parts):
+    model, tokenizer = parts
+    prompts = [list(ids(1, 3)), list(ids(2, 11)), list(ids(3, 6))]
+    given = (lambda *_: False, 0, len(tokenizer), NO_AUTOCAST)
+    warm, names = Choosing(temperature=1.0, seed=1), ["a", "b", "c"]
+    together = dict(forward.answers(model, prompts, [4, 9, 9], *given, warm, names))
+    ((_, alone),) = forward.answers(model, prompts[1:2], [9], *given, warm, names[1:2])
+    assert alone == together[1]
+    ((_, other),) = forward.answers(model, prompts[1:2], [9], *given, Choosing(temperature=1.0, seed=2), names[1:2])
+    assert other != alone
+
+
+def test_requests_that_choose_in_other_ways_stand_side_by_side(parts, tmp_path):
+    warm, how = Choosing(temperature=1.0, seed=1), {"until": [], "max_gen_toks": 8}
+    requests = [Request("a b", how), Request("a b", how | {"choosing": warm}), Request("a c", how)]
+    greedy, drawn, other = scorer_of(parts, tmp_path / "all").generate_until(requests)
+    assert greedy != drawn
+    for number, (request, answer) in enumerate(zip(requests, (greedy, drawn, other), strict=True)):
+        assert scorer_of(parts, tmp_path / str(number)).generate_until([request]) == [answer]
+
+
 def test_an_answer_ends_where_it_is_told_to_and_leaves_the_others_alone(parts):
     model, tokenizer = parts
     prompts = [list(ids(1, 3)), list(ids(2, 11))]
-    whole = dict(forward.greedy(model, prompts, [8, 8], lambda *_: False, 0, len(tokenizer), NO_AUTOCAST))
+    whole = dict(forward.answers(model, prompts, [8, 8], lambda *_: False, 0, len(tokenizer), NO_AUTOCAST))
     cut = dict(
-        forward.greedy(
+        forward.answers(
             model, prompts, [8, 8], lambda row, new: row == 0 and len(new) == 3, 0, len(tokenizer), NO_AUTOCAST
         )
     )

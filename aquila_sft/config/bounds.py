@@ -13,3 +13,9 @@ def within(group: str, values: object, low: float, high: float, *names: str) -> 
     for name in names:
         if not low <= getattr(values, name) <= high:
             raise UserError(f"{group}.{name}={getattr(values, name)} is outside {low} … {high}")
+
+
+def more_than_0(group: str, values: object, *names: str) -> None:
+    for name in names:
+        if getattr(values, name) <= 0:
+            raise UserError(f"{group}.{name}={getattr(values, name)} must be more than 0")

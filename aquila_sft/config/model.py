@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from aquila_sft.config.bounds import at_least, within
+from aquila_sft.config.bounds import at_least, more_than_0, within
 from aquila_sft.config.data import file_list
 from aquila_sft.errors import UserError
 
@@ -264,6 +264,12 @@ class Audit:
                 raise UserError(f"audit.allow: {code} is not one of {', '.join(AUDIT_CODES)}")
 
 
+def check_choosing(group: str, values: object) -> None:
+    at_least(group, values, 0, "temperature")
+    within(group, values, 0.0, 1.0, "top_p")
+    more_than_0(group, values, "repetition_penalty")
+
+
 @dataclass(kw_only=True)
 class Generate:
     max_new_tokens: int = MISSING
@@ -273,10 +279,7 @@ class Generate:
 
     def check(self) -> None:
         at_least("generate", self, 1, "max_new_tokens")
-        at_least("generate", self, 0, "temperature")
-        within("generate", self, 0.0, 1.0, "top_p")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"generate.repetition_penalty={self.repetition_penalty} must be more than 0; 1 is off")
+        check_choosing("generate", self)
 
 
 @dataclass(kw_only=True)
@@ -313,6 +316,9 @@ class Eval:
     share_prefixes: bool = MISSING  # the choices of a question in one row, behind the question once
     precision: Precision = MISSING
     max_new_tokens: int = MISSING  # of an answer in a chat
+    temperature: float = MISSING  # in it, as in recipe=chat; 0: greedy
+    top_p: float = MISSING
+    repetition_penalty: float = MISSING
 
     def check(self) -> None:
         self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
@@ -322,3 +328,4 @@ class Eval:
             self.references = file_list(self.references, "eval.references")
         at_least("eval", self, 1, *[n for n in ("limit", "batch_tokens") if getattr(self, n) is not None])
         at_least("eval", self, 1, "max_new_tokens")
+        check_choosing("eval", self)

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations and greedy answers of a transformers model, in batches that are given in tokens.
+"""Log-probabilities of continuations and answers of a transformers model, in batches that are given in tokens.
 
 Several continuations of one context share it: the context stands once in a row and each continuation behind it as a
 branch, which sees the context and itself:
@@ -18,6 +18,7 @@ import torch
 
 from aquila_sft.data.rows import IGNORE
 from aquila_sft.errors import UserError
+from aquila_sft.evaluation.choosing import GREEDY, Chooser, Choosing
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def log_probs(
 
 
 @torch.inference_mode()
-def greedy(
+def answers(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: Sequence[int],
@@ -119,13 +120,16 @@ def greedy(
     pad_id: int,
     vocabulary: int,
     autocast: Callable[[], AbstractContextManager],
+    choosing: Choosing = GREEDY,
+    streams: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """(place, new ids) of every prompt as it ends: at its length or when is_done(place, new ids) says so.
 
     Prompts are padded at the left; a row that has ended leaves the batch. Rows of the head beyond `vocabulary` spell
-    nothing and are not chosen.
+    nothing and are not chosen. streams: what the chance of each answer is drawn from; by default its place.
     """
     device = next(model.parameters()).device
+    choose = Chooser(choosing, prompts, streams or [str(i) for i in range(len(prompts))], vocabulary, device)
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), pad_id)
     attended = torch.zeros_like(ids)
@@ -148,9 +152,9 @@ def greedy(
                 logits_to_keep=1,
             )
         logits = out.logits[:, -1, :vocabulary].float()
-        new_ids = logits.argmax(-1)  # of a row with a nan: that one
-        if not logits.gather(-1, new_ids[:, None]).isfinite().all():
+        if not logits.amax(-1).isfinite().all():  # the maximum of anything and a nan is a nan
             raise UserError("the model's outputs are not finite numbers: its weights are damaged")
+        new_ids = choose(logits)
         cache, keep = out.past_key_values, []
         for row, (place, new_id) in enumerate(zip(places, new_ids.tolist(), strict=True)):
             written[place].append(new_id)
@@ -164,5 +168,6 @@ def greedy(
             if places:
                 cache.batch_select_indices(chosen)
             attended, new_ids = attended[chosen], new_ids[chosen]
+            choose.keep(keep)
         fed = new_ids[:, None]
         attended = torch.cat([attended, attended.new_ones(len(places), 1)], -1)

@@ -10,6 +10,7 @@ Prompts are rendered by the model's own chat template, with its system line.
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from aquila_sft.data import conversations, sources
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import constraints, items
 from aquila_sft.evaluation.benchmarks import Source
+from aquila_sft.evaluation.choosing import Choosing
 from aquila_sft.evaluation.engine import ItemTask, Outcome
 from aquila_sft.evaluation.journal import Journal
 
@@ -90,9 +92,11 @@ def try_rules(where: str, record: dict) -> None:
         ) from None
 
 
-def chat_task(name: str, scorer, records: list[dict], max_new_tokens: int, follow) -> ItemTask:
+def chat_task(
+    name: str, scorer, records: list[dict], max_new_tokens: int, choosing: Choosing, follow: Callable
+) -> ItemTask:
     """A task of chat prompts. follow(record, answer) -> {rule: [obeyed, …]}"""
-    how = {"until": [], "max_gen_toks": max_new_tokens, "chat": True}
+    how = {"until": [], "max_gen_toks": max_new_tokens, "chat": True, "choosing": choosing}
 
     def requests_of(asked: Asked) -> list:
         return [("generate_until", (asked.prompt, how))]

@@ -1,4 +1,4 @@
-"""A model as lm-eval sees it: requests in, log-likelihoods and greedy answers out, whatever the number of processes.
+"""A model as lm-eval sees it: requests in, log-likelihoods and answers out, whatever the number of processes.
 
     requests -> what the journal lacks -> groups, longest first -> batches, a share for every process -> journal
 
@@ -9,7 +9,8 @@ parallelism shares out documents instead, and is not used: to it there is one pr
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 from lm_eval.api.model import LM
@@ -20,6 +21,7 @@ from aquila_sft import runtime
 from aquila_sft.chat_template import IM_END
 from aquila_sft.errors import UserError
 from aquila_sft.evaluation import forward, rules
+from aquila_sft.evaluation.choosing import GREEDY, Choosing
 from aquila_sft.evaluation.journal import Journal
 
 
@@ -85,20 +87,24 @@ class Scorer(LM):
         return totals
 
     def generate_until(self, requests) -> list[str]:
-        """Greedy answers up to `until`, the end of the text, and in a `chat` that of the turn."""
+        """Answers up to `until`, the end of the text, and in a `chat` that of the turn; greedy without `choosing`."""
         asked = [as_asked(*request.args) for request in requests]
-        keys = [self.journal.key("greedy", *one) for one in asked]
+        keys = [self.answer_key(one) for one in asked]
         open_places = list({key: i for i, key in enumerate(keys) if key not in self.journal.answers}.values())
         room = self.max_length
         prompts = {}
         for i in open_places:
-            prompt = self.encode(asked[i][0]) or [self.first_id]
+            prompt = self.encode(asked[i].prompt) or [self.first_id]
             prompts[i] = prompt[-(room - 1) :]
-        sizes = [len(prompts[i]) + min(asked[i][2], room - len(prompts[i])) for i in open_places]
-        mine = self.shared(forward.batches(sizes, self.settings.batch_tokens))
+        made = []
+        for choosing in dict.fromkeys(asked[i].choosing for i in open_places):  # a batch chooses in one way
+            places = [i for i in open_places if asked[i].choosing == choosing]
+            sizes = [len(prompts[i]) + min(asked[i].max_new_tokens, room - len(prompts[i])) for i in places]
+            made += [[places[at] for at in batch] for batch in forward.batches(sizes, self.settings.batch_tokens)]
+        mine = self.shared(made)
         with self.progress(sum(len(batch) for batch in mine), "answers", "answer") as bar:
             for batch in mine:
-                self.write_answers([open_places[i] for i in batch], prompts, asked, keys, bar)
+                self.write_answers(batch, prompts, asked, keys, bar)
         self.exchange(keys)
         return [self.journal.answers[key] for key in keys]
 
@@ -108,14 +114,14 @@ class Scorer(LM):
         decode = self.tokenizer.decode
 
         def is_done(row: int, new_ids: list[int]) -> bool:
-            stops = asked[places[row]][1]
+            stops = asked[places[row]].stops
             if self.ends(new_ids[-1], asked[places[row]]):
                 return True
             tail = decode(new_ids[-16:], skip_special_tokens=True)  # longer than any stop; most steps end here
             return bool(stops) and any(stop in tail for stop in stops)
 
-        room = [min(asked[i][2], self.max_length - len(prompts[i])) for i in places]
-        written = forward.greedy(
+        room = [min(asked[i].max_new_tokens, self.max_length - len(prompts[i])) for i in places]
+        written = forward.answers(
             self.model,
             [prompts[i] for i in places],
             room,
@@ -123,24 +129,29 @@ class Scorer(LM):
             self.pad_id,
             len(self.tokenizer),
             self.settings.autocast,
+            asked[places[0]].choosing,
+            [keys[i] for i in places],
         )
         for row, new_ids in written:
             stopped = self.ends(new_ids[-1], asked[places[row]])
             text = decode(
                 new_ids[: len(new_ids) - stopped], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            answer = rules.before_stop(text, asked[places[row]][1])
+            answer = rules.before_stop(text, asked[places[row]].stops)
             key = keys[places[row]]
             self.journal.add({f"{key}:stopped": float(stopped), key: answer})  # what is asked for last: both are there
             self.tokens += len(prompts[places[row]]) + len(new_ids)
             bar.update()
 
-    def ends(self, new_id: int, asked: tuple) -> bool:
-        return new_id == self.tokenizer.eos_token_id or (asked[3] and new_id == self.turn_end_id)
+    def ends(self, new_id: int, asked: "Asked") -> bool:
+        return new_id == self.tokenizer.eos_token_id or (asked.is_chat and new_id == self.turn_end_id)
 
     def has_stopped(self, prompt: str, how: dict) -> bool:
         """Whether the model ended its answer to that request by itself."""
-        return bool(self.journal.answers[f"{self.journal.key('greedy', *as_asked(prompt, how))}:stopped"])
+        return bool(self.journal.answers[f"{self.answer_key(as_asked(prompt, how))}:stopped"])
+
+    def answer_key(self, asked: "Asked") -> str:
+        return self.journal.key("answer", *asked[:-1], *astuple(asked.choosing))
 
     def score(self, keys: list[str], pair_of: Callable[[int], tuple[Sequence[int], Sequence[int]]], what: str) -> None:
         """Fill the journal for every key, each once."""
@@ -202,8 +213,17 @@ class Scorer(LM):
         )
 
 
-def as_asked(prompt: str, how: dict) -> tuple[str, tuple[str, ...], int, bool]:
-    return prompt, tuple(how["until"]), how["max_gen_toks"], how.get("chat", False)
+class Asked(NamedTuple):
+    prompt: str
+    stops: tuple[str, ...]
+    max_new_tokens: int
+    is_chat: bool
+    choosing: Choosing
+
+
+def as_asked(prompt: str, how: dict) -> Asked:
+    until, chat, choosing = tuple(how["until"]), how.get("chat", False), how.get("choosing", GREEDY)
+    return Asked(prompt, until, how["max_gen_toks"], chat, choosing)
 
 
 def autocast_of(device: str, precision: str) -> Callable[[], contextlib.AbstractContextManager]:

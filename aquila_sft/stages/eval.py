@@ -170,7 +170,8 @@ def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: P
         needs_chat(folder, scorer.tokenizer)
     for name, follow in (("ifeval", instruct.ifeval_follow), *((own, instruct.own_follow) for own in instruct.OWN)):
         if name in names:
-            chats.append(instruct.chat_task(name, scorer, given[name], cfg.eval.max_new_tokens, follow))
+            limit = cfg.eval.max_new_tokens
+            chats.append(instruct.chat_task(name, scorer, given[name], limit, choosing_of(cfg), follow))
     if "text" in names:
         text = plain_text.task(given["text"])
     tasks = [*(task for listed in rows.values() for task in listed), *chats, *([text] if text else [])]
@@ -194,6 +195,15 @@ def measure(cfg: EvalRun, names: list[str], given: dict, folder: Path, before: P
         "tokens": of_all_processes(scorer.tokens),
         "identity": identity,
     }
+
+
+def choosing_of(cfg: EvalRun):
+    """How answers in chats are chosen, token by token."""
+    from aquila_sft.evaluation.choosing import Choosing
+
+    asked = cfg.eval
+    seed = cfg.seed if asked.temperature else 0
+    return Choosing(asked.temperature, asked.top_p if asked.temperature else 1.0, asked.repetition_penalty, seed)
 
 
 def of_all_processes(count: int) -> int:
@@ -224,6 +234,7 @@ def finish(cfg: EvalRun, out: Path, folder: Path, found: dict, seconds: float) -
         "tasks": ", ".join(cfg.eval.tasks),
         "data": cfg.eval.data or "–",
         "limit": cfg.eval.limit or "all items",
+        "answers in chats": f"{cfg.eval.max_new_tokens} tokens at most, {choosing_of(cfg).told()}",
         "arithmetic": found["identity"]["arithmetic"],
         "weights": found["identity"]["model"][:16],
         "seconds": round(seconds, 1),
