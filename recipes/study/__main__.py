@@ -45,18 +45,32 @@ def study(words: list[str]) -> int:
     axes = {axis for one in runs for axis, _ in one.places}
     if only not in (None, REPORT, *axes):
         raise UserError(f"only={only} is no axis of the plan; it has {', '.join(sorted(axes))}, and {REPORT}")
-    out = Path(plan["out"])
     failed = {}
     if only != REPORT:
-        prepare(plan, out)
+        failed = train([one for one in runs if only is None or only in {axis for axis, _ in one.places}], plan)
+    tell(runs, plan)
+    print(f"{plan['out']}/tables.md, figures.csv; {len(failed)} runs failed")
+    for name, why in failed.items():
+        print(f"  {name}: {why}")
+    return 2 if failed else 0
+
+
+def train(chosen: list[plans.Run], plan: dict) -> dict[str, str]:
+    """Those runs, and the base's figures; {name: why it failed}."""
+    out = Path(plan["out"])
+    prepare(plan, out)
     text = split.texts(plan, out)
-    if only != REPORT:
-        chosen = [one for one in runs if only is None or only in {axis for axis, _ in one.places}]
-        jobs = {one.name: run.jobs_of(one, plan, text) for one in chosen}
-        if text:
-            jobs = {"base": [(out / "base", run.base_command(plan, text))]} | jobs
-        print(f"{len(chosen)} runs, {plan['jobs']} at a time -> {out}", flush=True)
-        failed = run.run_all(jobs, plan["jobs"], say)
+    jobs = {one.name: run.jobs_of(one, plan, text) for one in chosen}
+    if text:
+        jobs = {"base": [(out / "base", run.base_command(plan, text))]} | jobs
+    print(f"{len(chosen)} runs, {plan['jobs']} at a time -> {out}", flush=True)
+    return run.run_all(jobs, plan["jobs"], say)
+
+
+def tell(runs: list[plans.Run], plan: dict) -> None:
+    """Tables, figures and the plot of what is finished, and what is not."""
+    out = Path(plan["out"])
+    text = split.texts(plan, out)
     has_text = run.done_in(out / "base") == run.base_command(plan, text)
     base = figures.of_folder(out / "base", plan["text_without"]) if has_text else {}
     rows = report.rows_of(runs, plan, base, text)
@@ -66,10 +80,6 @@ def study(words: list[str]) -> int:
     there = {(row.axis, row.label) for row in rows}
     if missing := [": ".join(place) for place in plans.places_of(plan) if place not in there]:
         print(f"not finished: {'; '.join(missing)}")
-    print(
-        f"{out}/tables.md, figures.csv; {len(failed)} runs failed" + "".join(f"\n  {n}: {w}" for n, w in failed.items())
-    )
-    return 2 if failed else 0
 
 
 def say(line: str) -> None:
