@@ -11,10 +11,6 @@ small are left alone: there it would only cost the time to fill the pages again.
 import ctypes
 import sys
 
-import torch
-
-from aquila_sft.swap import base_of
-
 MIN_FREE_BYTES = 2**28  # below it the holes are no part of any machine's memory that matters
 
 
@@ -38,8 +34,12 @@ def libc() -> ctypes.CDLL | None:
     return found
 
 
-def install(model: torch.nn.Module) -> None:
+def install(model) -> None:
     """On a model that is trained on a CPU, PEFT's or plain. Without a glibc that can do it nothing is changed."""
+    import torch
+
+    from aquila_sft.swap import base_of
+
     library, base = libc(), base_of(model)
     if library is None:
         return
@@ -52,7 +52,7 @@ def install(model: torch.nn.Module) -> None:
         if torch.is_grad_enabled():
             trim()
 
-    def decoder_begins(_module, _given, embedded: torch.Tensor) -> None:
+    def decoder_begins(_module, _given, embedded) -> None:
         if embedded.requires_grad:
             embedded.register_hook(lambda _: trim())
 

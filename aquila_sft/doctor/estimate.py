@@ -13,6 +13,7 @@ F intermediate size, V vocabulary, r rank of an adapter. Sizes are in numbers of
 import dataclasses
 import os
 
+from aquila_sft import heap
 from aquila_sft.config.model import Lora, Model
 
 # The loss in plain torch (aquila_kernels/linear_cross_entropy_torch.py) and in Triton: memory for logits at once.
@@ -23,8 +24,10 @@ LOGITS_BYTES = {"cpu": 320 * 2**20, "cuda": 2 * 2**30, "mps": 2**30}
 # hardly anything of its size fits again, because of the alignment. Measured beyond what the tensors themselves take: 11
 # to 37 % with full weights, 42 to 50 % with adapters, which free three results for each matrix, over 11M to 194M
 # parameters, with and without checkpointing, in fp32 and bf16. With MALLOC_MMAP_THRESHOLD_=1048576 in the environment
-# the system gives and takes each large tensor alone: one of 42 % became 1 %, for some more time.
+# the system gives and takes each large tensor alone: one of 42 % became 1 %, for some more time. Holes of more than
+# heap.MIN_FREE_BYTES are trimmed (heap.py): of 194M parameters 5 to 8 % were left, 20 % with an adapter.
 HOLES = {"full": 0.25, "adapter": 0.45}
+TRIMMED_HOLES = {"full": 0.08, "adapter": 0.2}
 NO_HOLES = "MALLOC_MMAP_THRESHOLD_"
 
 
@@ -192,8 +195,8 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     mlp = 4 * n * (2 * h + 2 * shape.intermediate_size)  # gradients on their way through a layer
     moments_of_step = [  # gradients, activations, logits
         (buckets + before + head, kept + around, logits),  # the loss is computed, with its gradients
-        # backward begins: those gradients times the upstream one are new
-        (buckets + before + 2 * head, kept + around, 0),
+        # backward begins: elsewhere than on a CPU those gradients times the upstream one are new
+        (buckets + before + (1 if portion.device == "cpu" else 2) * head, kept + around, 0),
         (buckets + before + head, kept + again + mlp, 0),  # the last layer's backward begins
         # backward ends: all gradients, and a tied matrix has two that are then added; before the last micro-batch's
         # are added to those before, three
@@ -203,8 +206,10 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     most = dict(zip(("gradients", "activations", "logits"), map(max, zip(*moments_of_step, strict=True)), strict=True))
     copy = 12 * trained if portion.device == "cpu" and portion.trains_on_after_saving else 0
     tensors = sum(standing.values()) + max(map(sum, moments_of_step))
-    has_holes = portion.device == "cpu" and NO_HOLES not in os.environ
-    holes = round(HOLES["adapter" if lora else "full"] * tensors) if has_holes else 0
+    holes = 0
+    if portion.device == "cpu" and NO_HOLES not in os.environ:
+        of_kind, trimmed_of_kind = (round(of["adapter" if lora else "full"] * tensors) for of in (HOLES, TRIMMED_HOLES))
+        holes = min(of_kind, max(heap.MIN_FREE_BYTES, trimmed_of_kind))
     parts = {"program": program} | standing | most | {"heap": holes, "saving": copy}
     return Memory(parts, program + tensors + holes + copy)
 
