@@ -92,7 +92,7 @@ def saying(generator: Generator, text: str) -> Generator:
 def run_in_process(monkeypatch, *words: str) -> int:
     monkeypatch.setattr(runtime, "settle", lambda **_: None)  # the environment of the other tests stays
     monkeypatch.setattr(runtime, "set_threads", lambda: 1)
-    return train.main(["recipe=chat", "generate.max_new_tokens=8", *words])
+    return train.main(["recipe=chat", "generate.max_new_tokens=8", "generate.temperature=0", *words])
 
 
 # The decoding loop
