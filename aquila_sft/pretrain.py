@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 
-from aquila_sft import checkpoint, intermediate, runtime, schedule
+from aquila_sft import checkpoint, heap, intermediate, runtime, schedule
 from aquila_sft import model as models
 from aquila_sft.config.model import Optim, Precision
 from aquila_sft.config.runs import PretrainRun
@@ -93,7 +94,10 @@ class Trainer:
         self.saver = Saver(self.checkpoints, cfg.train.keep_checkpoints)
         self.metrics, self.stop, self.evaluation, self.eval_steps = metrics, stop, evaluation, eval_steps
         self.accelerator = Accelerator(
-            cpu=choices.device == "cpu", mixed_precision="bf16" if choices.precision is Precision.bf16 else "no"
+            cpu=choices.device == "cpu",
+            mixed_precision="bf16" if choices.precision is Precision.bf16 else "no",
+            # A forward reads each weight once: bf16 copies, kept to its end, would be as much as half of the weights.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
         if self.accelerator.num_processes != runtime.world_size():
             raise UserError(
@@ -109,6 +113,8 @@ class Trainer:
             eps=cfg.optim.eps,
             fused=True,  # also what can leave an update out without asking the host
         )
+        if choices.device == "cpu" and cfg.train.activation_checkpointing:
+            heap.install(model)
         self.wrapped = self.accelerator.prepare(model)
         self.guard = Guard(spike_sigma=cfg.train.spike_sigma, max_skipped=cfg.train.max_skipped, device=self.device)
         self.consumed = Consumed.nothing(len(loader.parts))  # by all processes, as of the last exchange

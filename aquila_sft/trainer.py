@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -138,9 +139,11 @@ class SftTrainer(SFTTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("FSDP and DeepSpeed are not supported here: each process holds the whole model (DDP)")
         self.guard = Guard(spike_sigma=0, max_skipped=MAX_SKIPPED, device=self.args.device)
+        # A forward reads each weight once: its bf16 copies, kept to the end, would be as much as half of the weights.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # after TRL installed its own fused head
         swap.install(self.model, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
-        if choices.device == "cpu":
+        if choices.device == "cpu" and cfg.train.activation_checkpointing:
             heap.install(self.model)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

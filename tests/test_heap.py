@@ -11,19 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from aquila_sft import heap
 
-
-class Library:
-    """Stands for glibc: so much is free and kept; counts what it is asked to give back."""
-
-    def __init__(self, free_bytes: int) -> None:
-        self.free_bytes, self.trims = free_bytes, []
-
-    def mallinfo2(self):
-        return heap._Mallinfo2(fordblks=self.free_bytes)
-
-    def malloc_trim(self, pad: int) -> int:
-        self.trims.append(pad)
-        return 1
+needs_glibc = pytest.mark.skipif(heap.libc() is None, reason="no glibc of 2.33 or newer")
 
 
 @pytest.fixture
@@ -32,62 +20,75 @@ def model(tmp_path):
     return tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tokenizer")).train()
 
 
+@pytest.fixture
+def trims(monkeypatch) -> list:
+    """Every trim from now on; all holes are worth one."""
+    made = []
+    monkeypatch.setattr(heap, "MIN_BYTES", -(2**60))
+    monkeypatch.setattr(heap.Heap, "trim", lambda self: made.append(setattr(self, "without_holes", 0)))
+    return made
+
+
 def losses(model) -> torch.Tensor:
     ids = torch.arange(24).view(2, 12)
     return model(input_ids=ids, labels=ids).loss
 
 
-def test_a_forward_and_a_backward_trim_once_each_and_change_no_gradient(model, monkeypatch):
+@needs_glibc
+def test_a_forward_and_a_backward_trim_once_each_and_change_no_gradient(model, trims):
     losses(model).backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    library = Library(heap.MIN_FREE_BYTES)
-    monkeypatch.setattr(heap, "libc", lambda: library)
     heap.install(model)
+    trims.clear()  # the one before the first step
     loss = losses(model)
-    assert len(library.trims) == 1
+    assert len(trims) == 1
     loss.backward()
-    assert len(library.trims) == 2
+    assert len(trims) == 2
     assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted, strict=True))
-
-
-def test_small_holes_and_evaluation_are_left_alone(model, monkeypatch):
-    library = Library(heap.MIN_FREE_BYTES - 1)
-    monkeypatch.setattr(heap, "libc", lambda: library)
-    heap.install(model)
-    losses(model).backward()
-    library.free_bytes = 10**10
     with torch.no_grad():
         losses(model)
-    assert not library.trims
+    assert len(trims) == 2  # an evaluation keeps nothing
 
 
-def test_an_adapter_has_no_gradient_of_the_embedding_to_make_room_for(model, monkeypatch):
-    library = Library(10**10)
-    monkeypatch.setattr(heap, "libc", lambda: library)
+@needs_glibc
+def test_an_adapter_has_no_gradient_of_the_embedding_to_make_room_for(model, trims):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     heap.install(adapted)
+    trims.clear()
     losses(adapted).backward()
-    assert len(library.trims) == 1
+    assert len(trims) == 1
 
 
-@pytest.mark.skipif(heap.libc() is None, reason="no glibc of 2.33 or newer")
-def test_the_system_gets_back_what_was_freed_between_what_is_in_use():
-    """In a process of its own: 600 pieces of 1 MB, every other one freed, are holes until they are trimmed."""
+def test_without_such_a_library_nothing_is_changed(model, monkeypatch):
+    monkeypatch.setattr(heap, "libc", lambda: None)
+    heap.install(model)
+    assert not model.base_model._forward_hooks and not model.get_input_embeddings()._forward_hooks
+
+
+@needs_glibc
+def test_holes_are_told_trimmed_where_they_are_large_and_not_told_twice():
+    """In a process of its own: pieces of 1 MB, of which every other one is freed, are holes until they are trimmed."""
     script = """
-        import ctypes
         from aquila_sft import heap
         import torch
         library = heap.libc()
         library.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: where glibc's own goes after the first large piece is freed
+        mine = heap.Heap(library)
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096
         pieces = [torch.ones(2**18) for _ in range(600)]
-        del pieces[::2]
-        before, free = resident(), library.mallinfo2().fordblks
-        library.malloc_trim(0)
-        print(free, before - resident())
+        in_use = mine.unused_bytes() - mine.without_holes
+        del pieces[400::2]
+        small, before = mine.unused_bytes() - mine.without_holes, resident()
+        mine.trim_if_it_pays()
+        left_alone = before - resident()
+        del pieces[:400:2]
+        large, before = mine.unused_bytes() - mine.without_holes, resident()
+        mine.trim_if_it_pays()
+        print(in_use, small, left_alone, large, before - resident(), mine.unused_bytes() - mine.without_holes)
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    free, given_back = map(int, ran.stdout.split())
-    assert free > 300e6 and given_back > 0.9 * 300 * 2**20
+    in_use, small, left_alone, large, given_back, again = (int(n) / 2**20 for n in ran.stdout.split())
+    assert abs(in_use) < 20 and abs(small - 100) < 20 and left_alone < 5
+    assert abs(large - 300) < 20 and abs(given_back - 300) < 20 and abs(again) < 20

@@ -253,6 +253,8 @@ def test_a_change_below_the_table_is_that_of_the_answers(tmp_path):
     with open(tmp_path / "figures.csv", encoding="utf-8") as file:
         lines = {(r["label"], r["measure"], r["part"]): float(r["value"]) for r in csv.DictReader(file)}
     assert lines["low", "answers, change", "zh"] == pytest.approx(-0.1)
+    assert lines["low", "answers, against the base", "zh"] == pytest.approx(-0.1)
+    assert lines["high", "answers, against the base", "zh"] == lines["low", "answers, against the base", "en"] == 0
     assert lines["high", "answers", "zh"] == pytest.approx(2.0) and lines["low", "seconds", ""] == 10.0
 
 

@@ -24,8 +24,9 @@ LOGITS_BYTES = {"cpu": 320 * 2**20, "cuda": 2 * 2**30, "mps": 2**30}
 # hardly anything of its size fits again, because of the alignment. Measured beyond what the tensors themselves take: 11
 # to 37 % with full weights, 42 to 50 % with adapters, which free three results for each matrix, over 11M to 194M
 # parameters, with and without checkpointing, in fp32 and bf16. With MALLOC_MMAP_THRESHOLD_=1048576 in the environment
-# the system gives and takes each large tensor alone: one of 42 % became 1 %, for some more time. Holes of more than
-# heap.MIN_FREE_BYTES are trimmed (heap.py): of 194M parameters 5 to 8 % were left, 20 % with an adapter.
+# the system gives and takes each large tensor alone: one of 42 % became 1 %, for some more time. With checkpointing
+# holes of more than heap.MIN_BYTES are trimmed, where glibc can: of 194M parameters 5 to 8 % were left, and 20 % with
+# an adapter, which was measured trimmed without checkpointing.
 HOLES = {"full": 0.25, "adapter": 0.45}
 TRIMMED_HOLES = {"full": 0.08, "adapter": 0.2}
 NO_HOLES = "MALLOC_MMAP_THRESHOLD_"
@@ -209,7 +210,8 @@ def memory(shape: Shape, portion: Portion, lora: Lora | None, program: int) -> M
     holes = 0
     if portion.device == "cpu" and NO_HOLES not in os.environ:
         of_kind, trimmed_of_kind = (round(of["adapter" if lora else "full"] * tensors) for of in (HOLES, TRIMMED_HOLES))
-        holes = min(of_kind, max(heap.MIN_FREE_BYTES, trimmed_of_kind))
+        trims = portion.activation_checkpointing and heap.libc() is not None
+        holes = min(of_kind, max(heap.MIN_BYTES, trimmed_of_kind)) if trims else of_kind
     parts = {"program": program} | standing | most | {"heap": holes, "saving": copy}
     return Memory(parts, program + tensors + holes + copy)
 

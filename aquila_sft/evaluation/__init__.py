@@ -2,5 +2,5 @@
 
 recipes/eval/*.yaml -> benchmarks -> items (from the Hub or a folder) -> engine -> scores -> results.{md,csv,json}
                                                              |
-                                     scorer: log-likelihoods and greedy answers of a model; journal: goes on
+                   scorer: log-likelihoods and answers of a model; choosing: token by token; journal: goes on
 """

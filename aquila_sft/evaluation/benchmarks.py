@@ -23,7 +23,8 @@ ENGLISH = (
     "siqa",
 )
 CHINESE = ("ceval", "cmmlu")
-INSTRUCT = ("ifeval", "instruct_zh", "instruct_en", "references")
+CHATS = ("ifeval", "instruct_zh", "instruct_en")
+INSTRUCT = (*CHATS, "references")
 TEXT = ("text",)
 GROUPS = {
     "card": ENGLISH + CHINESE,

@@ -2,7 +2,7 @@
 
     logits [rows, V] -> penalty of what was said -> likeliest | temperature -> top_p -> drawn -> ids [rows]
 
-Each answer draws from a stream of its own, so it is the same whatever else is in its batch and whoever computes it.
+Each answer draws from a stream of its own: its chance does not depend on what else is in its batch or who computes it.
 """
 
 import random

@@ -143,14 +143,14 @@ class Scorer(LM):
             self.tokens += len(prompts[places[row]]) + len(new_ids)
             bar.update()
 
-    def ends(self, new_id: int, asked: "Asked") -> bool:
+    def ends(self, new_id: int, asked: "Request") -> bool:
         return new_id == self.tokenizer.eos_token_id or (asked.is_chat and new_id == self.turn_end_id)
 
     def has_stopped(self, prompt: str, how: dict) -> bool:
         """Whether the model ended its answer to that request by itself."""
         return bool(self.journal.answers[f"{self.answer_key(as_asked(prompt, how))}:stopped"])
 
-    def answer_key(self, asked: "Asked") -> str:
+    def answer_key(self, asked: "Request") -> str:
         return self.journal.key("answer", *asked[:-1], *astuple(asked.choosing))
 
     def score(self, keys: list[str], pair_of: Callable[[int], tuple[Sequence[int], Sequence[int]]], what: str) -> None:
@@ -213,7 +213,7 @@ class Scorer(LM):
         )
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     prompt: str
     stops: tuple[str, ...]
     max_new_tokens: int
@@ -221,9 +221,9 @@ class Asked(NamedTuple):
     choosing: Choosing
 
 
-def as_asked(prompt: str, how: dict) -> Asked:
+def as_asked(prompt: str, how: dict) -> Request:
     until, chat, choosing = tuple(how["until"]), how.get("chat", False), how.get("choosing", GREEDY)
-    return Asked(prompt, until, how["max_gen_toks"], chat, choosing)
+    return Request(prompt, until, how["max_gen_toks"], chat, choosing)
 
 
 def autocast_of(device: str, precision: str) -> Callable[[], contextlib.AbstractContextManager]:

@@ -234,13 +234,14 @@ def finish(cfg: EvalRun, out: Path, folder: Path, found: dict, seconds: float) -
         "tasks": ", ".join(cfg.eval.tasks),
         "data": cfg.eval.data or "–",
         "limit": cfg.eval.limit or "all items",
-        "answers in chats": f"{cfg.eval.max_new_tokens} tokens at most, {choosing_of(cfg).told()}",
         "arithmetic": found["identity"]["arithmetic"],
         "weights": found["identity"]["model"][:16],
         "seconds": round(seconds, 1),
         "tokens": found["tokens"],
         "peak memory": f"{devices.peak_memory_bytes() / 1e9:.2f} GB",
     }
+    if set(benchmarks.CHATS) & set(found["outcomes"]):
+        about["answers"] = f"{cfg.eval.max_new_tokens} tokens at most, {choosing_of(cfg).told()}"
     name = cfg.model.path or str(folder)
     text = results.write(out, name, found["scores"], found["other"], about)
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:

@@ -86,7 +86,7 @@ def train(
     import torch
     import transformers
 
-    from aquila_sft import device, evaluate, heap, pretrain, settle, swap
+    from aquila_sft import device, evaluate, pretrain, settle, swap
     from aquila_sft.data.loader import Loader
     from aquila_sft.data.text_rows import TextRows
     from aquila_sft.log import MetricsFile
@@ -142,8 +142,6 @@ def train(
 
     with pretrain.accelerate_forgets():
         swap.install(net, choices.kernel, asked=cfg.kernel is KernelChoice.triton)
-        if choices.device == "cpu":
-            heap.install(net)
         trainer = pretrain.Trainer(
             cfg,
             model=net,

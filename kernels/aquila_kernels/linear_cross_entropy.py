@@ -6,7 +6,8 @@ With N tokens, hidden size H and vocabulary V the logits are by far the largest 
 (N=2048, V=151851: 1.2 GB in fp32, and the plain loss keeps several of that size). Here the logits of some tokens exist
 at a time, as many as a budget of memory holds, and the gradients are formed while they do.
 
-Forward keeps dhidden and dweight, and backward multiplies them by the upstream gradient into new tensors. So a loss
+Forward keeps dhidden and dweight, and backward multiplies them by the upstream gradient, into new tensors where that
+changes anything. So a loss
 computed with gradients enabled costs its backward at once: evaluate under torch.no_grad, which needs no more than the
 logits. The per-token losses of reduction="none" have an upstream gradient each, which only backward knows: there the
 logits are computed twice, four products instead of three, and no gradient is held in between.
@@ -54,7 +55,8 @@ def linear_cross_entropy(
     (default 320 MiB on CPU, 1 GiB in plain torch elsewhere; 2 GiB, and at least 4,096 tokens, in Triton). Besides it,
     gradients are held from forward to backward: dhidden and dweight in fp32, which backward rounds to their inputs'
     dtypes; a frozen hidden or weight costs neither time nor memory. No input is written to, backward may run again
-    (retain_graph), and token_weights get no gradient. Reverse mode, once: a gradient of the gradient is refused,
+    (retain_graph; torch refuses it where a gradient from autograd.grad was written to, which on a CPU may be the one
+    that is kept), and token_weights get no gradient. Reverse mode, once: a gradient of the gradient is refused,
     torch.func.grad is not supported, and torch.func.jvp sees a constant.
 
     A target that is neither in [0, V) nor ignore_index raises ValueError on a CPU, and with check_targets=True, which
@@ -214,13 +216,15 @@ def _scale_gradients(ctx, upstream, *_):
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient x upstream, rounded to dtype once; the tensor itself where a CPU knows that to be the same.
+    """gradient x upstream, rounded to dtype once; the kept tensor itself where a CPU sees that to be the same.
 
-    A caller has it so by num_items instead of a division of the loss. Elsewhere to look would be to wait.
+    A caller has it so by num_items instead of a division of the loss. Elsewhere to look would be to wait. Into .grad
+    autograd adds, or it copies what is kept for another backward.
     """
-    looks = upstream.device.type == "cpu" and type(upstream) is Tensor  # what is traced has no value to look at
+    is_plain = type(upstream) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    looks = upstream.device.type == "cpu" and is_plain  # what is traced or mapped has no one value to look at
     if looks and gradient.dtype == dtype and upstream == 1:
-        return gradient  # autograd copies what is kept for another backward before it writes to it
+        return gradient
     if gradient.dtype == dtype or torch.compiler.is_compiling():  # a compiled product has no tensor in between
         return (gradient * upstream).to(dtype)
     scaled = torch.empty_like(gradient, dtype=dtype)

@@ -61,8 +61,8 @@ def train(chosen: list[plans.Run], plan: dict) -> dict[str, str]:
     prepare(plan, out)
     text = split.texts(plan, out)
     jobs = {one.name: run.jobs_of(one, plan, text) for one in chosen}
-    if text:
-        jobs = {"base": [(out / "base", run.base_command(plan, text))]} | jobs
+    if before := run.base_command(plan, text):
+        jobs = {"base": [(out / "base", before)]} | jobs
     print(f"{len(chosen)} runs, {plan['jobs']} at a time -> {out}", flush=True)
     return run.run_all(jobs, plan["jobs"], say)
 
@@ -71,14 +71,16 @@ def tell(runs: list[plans.Run], plan: dict) -> None:
     """Tables, figures and the plot of what is finished, and what is not."""
     out = Path(plan["out"])
     text = split.texts(plan, out)
-    has_text = run.done_in(out / "base") == run.base_command(plan, text)
-    base = figures.of_folder(out / "base", plan["text_without"]) if has_text else {}
+    before = run.base_command(plan, text)
+    has_base = run.done_in(out / "base") == before
+    base = figures.of_folder(out / "base", plan["text_without"]) if before and has_base else {}
     rows = report.rows_of(runs, plan, base, text)
     print(report.write(rows, out))
     if why := report.draw(rows, out / "changes.svg"):
         print(f"no plot: {why}")
     there = {(row.axis, row.label) for row in rows}
-    if missing := [": ".join(place) for place in plans.places_of(plan) if place not in there]:
+    missing = [": ".join(place) for place in plans.places_of(plan) if place not in there]
+    if missing := missing + ["the base, so no change against it"] * (not has_base):
         print(f"not finished: {'; '.join(missing)}")
 
 

@@ -125,7 +125,7 @@ def fits(key: str, value: object) -> bool:
     """Whether a part of a plan can be that value."""
     kind, _ = KINDS[key]
     if key in BY_SOURCE and isinstance(value, dict):
-        return all(fits(key, number) for number in value.values())
+        return all(isinstance(number, int) and fits(key, number) for number in value.values())
     return isinstance(value, kind) and (kind is not int or value >= (key not in FROM_ZERO))
 
 

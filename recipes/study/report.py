@@ -1,7 +1,8 @@
 """Figures of a study as files: figures.csv (every figure of every run), tables.md, changes.svg.
 
 Rows are runs by axis. A change of answers is that against the plan's default, among the finals against the first of
-them, on the same answers, with its interval; a change of text is that against the base.
+them, on the same answers, with its interval; a change of text is that against the base, and figures.csv has that of
+answers too.
 """
 
 import csv
@@ -75,15 +76,16 @@ def compare(rows: list[Row], base: Measured) -> None:
 
 
 def figures_of(row: Row, other: Row | None, base: Measured) -> dict[tuple[str, str], Figure]:
-    """Every value of a row, and behind it its change against the other row (answers) or the base (text)."""
-    compared = {"answers": other.of if other and other.runs != row.runs else {}, "text": base}
+    """Every value of a row, and behind it its changes: of answers against the other row, and all against the base."""
+    against = {"answers, change": other.of if other and other.runs != row.runs else {}}
+    against |= {"text, change": base, "answers, against the base": base}
     found = {}
     for (measure, part), of in row.of.items():
         items = of.above.shape[1]
         found[measure, part] = Figure(of.value(), *of.interval(), items)
-        if theirs := compared.get(measure, {}).get((measure, part)):
-            change = of.value() / theirs.value() - 1
-            found[f"{measure}, change", part] = Figure(change, *of.interval(theirs), items)
+        for name in (name for name in against if name.startswith(f"{measure}, ")):
+            if theirs := against[name].get((measure, part)):
+                found[name, part] = Figure(of.value() / theirs.value() - 1, *of.interval(theirs), items)
     return found
 
 

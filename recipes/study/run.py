@@ -6,6 +6,7 @@ What is finished is not begun again, what was broken off goes on: train.py's own
 its share of the cores, and one of the GPUs that CUDA_VISIBLE_DEVICES names (without it, of all there are).
 """
 
+import functools
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from aquila_sft.errors import UserError
 from recipes.study.plan import OWN, Run, Settings
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -37,7 +39,6 @@ def words(settings: Settings) -> list[str]:
 def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list[str]]]:
     """The folder and the words of train.py of every stage."""
     out = Path(plan["out"])
-    held_back = [str(out / "held-back" / f"{source}.jsonl") for source in plan["data"]]
     made, base = [], plan["base"]
     for number, (stage, folder) in enumerate(zip(run.stages, folders_of(run, plan), strict=True), 1):
         chosen = stage.get("sources") or list(plan["data"])
@@ -56,7 +57,7 @@ def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list
             settings.setdefault("data.text.shards", plan["text"])
         if number == len(run.stages):
             tasks = ["references", "instruct_zh", "instruct_en", *(["text"] if text else [])]
-            settings["evaluate"] = {"tasks": tasks, "references": held_back} | plan["evaluate"]
+            settings["evaluate"] = {"tasks": tasks, "references": held_back(plan)} | plan["evaluate"]
             if text:
                 settings["evaluate"]["text"] = text
         made.append((folder, words(settings)))
@@ -65,10 +66,32 @@ def jobs_of(run: Run, plan: dict, text: dict[str, str]) -> list[tuple[Path, list
 
 
 def base_command(plan: dict, text: dict[str, str]) -> list[str]:
-    """The text before tuning."""
-    about = {"recipe": "eval", "scale": plan["scale"], "model.path": plan["base"], "eval.tasks": ["text"]}
-    about |= {"data.files": text, "output_dir": str(Path(plan["out"]) / "base")}
-    return words(about)
+    """The base before tuning: text, and answers where its folder knows the marks of a chat. Empty for neither."""
+    answers = knows_chats(plan["base"])
+    tasks = ["references"] * answers + ["text"] * bool(text)
+    about = {"recipe": "eval", "scale": plan["scale"], "model.path": plan["base"], "eval.tasks": tasks}
+    about |= {"eval.references": held_back(plan)} if answers else {}
+    about |= {"data.files": text} if text else {}
+    return words(about | {"output_dir": str(Path(plan["out"]) / "base")}) if tasks else []
+
+
+@functools.cache
+def knows_chats(base: str) -> bool:
+    """Whether it is a folder, and its tokenizer has what conversations are written with."""
+    from aquila_sft.chat_template import encode_messages
+    from aquila_sft.tokenizer import load_tokenizer
+
+    if not Path(base).expanduser().is_dir():
+        return False
+    try:
+        encode_messages(load_tokenizer(Path(base).expanduser()), [{"role": "user", "content": ""}])
+    except UserError:
+        return False
+    return True
+
+
+def held_back(plan: dict) -> list[str]:
+    return [str(Path(plan["out"]) / "held-back" / f"{source}.jsonl") for source in plan["data"]]
 
 
 def own(stage: Settings) -> Settings:

@@ -4,7 +4,8 @@
     held-back part of shards     -> text/<source>.<language>.jsonl
 
 Held back are those whose questions have the smallest hashes: the same on any machine, whatever else is in the files. A
-plan's `skip` passes over the first of them: settings that were chosen on one study's answers are judged on others.
+plan's `skip` passes over the first of them, so that settings which were chosen on one study's answers are judged on
+others; that holds for the same files, rules and `max_bytes`.
 items/ has their questions and answers as benchmark items, so that data.decontaminate= keeps copies of them out of what
 is trained on. Runs of one folder are compared item by item, so what is there is never replaced by another split.
 """
