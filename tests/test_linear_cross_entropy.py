@@ -290,6 +290,14 @@ def test_a_gradient_that_nothing_scales_is_handed_on_without_a_copy_and_may_stil
         assert torch.allclose(w.grad, times * kept, rtol=1e-6, atol=0)
 
 
+def test_several_upstream_gradients_at_once_are_mapped_over():
+    h, w, target = seeded(dtype=torch.float32)
+    loss = linear_cross_entropy(h.requires_grad_(), w, target)
+    (one,) = torch.autograd.grad(loss, h, retain_graph=True)
+    (both,) = torch.autograd.grad(loss, h, torch.tensor([1.0, 3.0]), is_grads_batched=True)
+    assert torch.equal(both, torch.stack([one, 3 * one]))
+
+
 @pytest.mark.parametrize("upstream", [-2.5, 0.0, 1e-3])
 def test_upstream_gradient_scales_both_gradients(upstream):
     h, w, target = seeded()
