@@ -221,7 +221,9 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     A caller has it so by num_items instead of a division of the loss. Elsewhere to look would be to wait. Into .grad
     autograd adds, or it copies what is kept for another backward.
     """
-    is_plain = type(upstream) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    functorch = torch._C._functorch  # of the two kinds of vmap
+    is_mapped = functorch.is_functorch_wrapped_tensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+    is_plain = type(upstream) is Tensor and not is_mapped
     looks = upstream.device.type == "cpu" and is_plain  # what is traced or mapped has no one value to look at
     if looks and gradient.dtype == dtype and upstream == 1:
         return gradient
