@@ -27,6 +27,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def wait_for_all() -> None:
+    """Until every process has come here; they have a group by then (torch.distributed)."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
 def say(text: str) -> None:
     """One line to the person at the terminal, from the main process only."""
     if is_main():

@@ -6,6 +6,7 @@ argv: model folder, output folder, answers after which the process ends at once 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from test_eval_rules import own_parts
@@ -22,6 +23,7 @@ folder, out, kill_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 join_processes()
 model = models.load(folder).eval()
 swap.install(model, "torch")
+time.sleep(runtime.rank() * float(os.environ.get("LATE_S", "0")))  # when the first one would have answers already
 journal = Journal(out / "journal", "0" * 64)
 known = len(journal.answers)
 add = journal.add

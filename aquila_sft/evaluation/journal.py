@@ -22,6 +22,7 @@ class Journal:
                 except ValueError:
                     continue
                 self.answers[key] = value
+        runtime.wait_for_all()  # who read later would know answers of this time, and share out others than the rest
         self.file = folder / f"{digest[:16]}-{runtime.rank()}.jsonl"
         if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):
             with open(self.file, "a", encoding="utf-8") as file:
