@@ -16,6 +16,8 @@ def within(group: str, values: object, low: float, high: float, *names: str) -> 
 
 
 def more_than_0(group: str, values: object, *names: str) -> None:
+    """null is not set, and passes."""
     for name in names:
-        if getattr(values, name) <= 0:
-            raise UserError(f"{group}.{name}={getattr(values, name)} must be more than 0")
+        value = getattr(values, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{group}.{name}={value} must be more than 0")

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from aquila_sft.config.bounds import at_least, within
+from aquila_sft.config.bounds import at_least, more_than_0, within
 from aquila_sft.errors import UserError
 
 
@@ -66,8 +66,7 @@ class PrepareData(TextData):
             for name, weight in (getattr(self, key) or {}).items():
                 if not 0 <= weight < float("inf"):
                     raise UserError(f"data.{key}.{name}={weight} must be 0 or more")
-        if self.download_gb is not None and self.download_gb <= 0:
-            raise UserError(f"data.download_gb={self.download_gb} must be more than 0")
+        more_than_0("data", self, "download_gb")
 
 
 @dataclass(kw_only=True)
@@ -86,8 +85,7 @@ class Mixture:
         check_weights("data", self)
         at_least("data", self, 1, "block_rows")
         at_least("data", self, 0, "eval_bytes")
-        if self.max_epochs <= 0:
-            raise UserError(f"data.max_epochs={self.max_epochs} must be more than 0")
+        more_than_0("data", self, "max_epochs")
 
 
 @dataclass(kw_only=True)
@@ -226,9 +224,7 @@ class Bpe:
     def check(self) -> None:
         at_least("bpe", self, 1, "max_han_run", "min_frequency")
         at_least("bpe", self, 4, "max_token_bytes")
-        for name in ("max_bytes", "memory_gb"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"bpe.{name}={getattr(self, name)} must be more than 0")
+        more_than_0("bpe", self, "max_bytes", "memory_gb")
 
 
 @dataclass(kw_only=True)

@@ -296,9 +296,7 @@ class Machine:
     def check(self) -> None:
         if self.device not in (None, "cpu", "cuda"):
             raise UserError(f"machine.device={self.device} is not one of cpu, cuda")
-        for name in ("memory_gb", "disk_gb", "processes", "tokens_per_s"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"machine.{name}={getattr(self, name)} must be more than 0")
+        more_than_0("machine", self, "memory_gb", "disk_gb", "processes", "tokens_per_s")
         if self.tokens_per_s and self.measured_by:
             raise UserError("machine.tokens_per_s= and machine.measured_by= are both set; keep one")
 

@@ -78,13 +78,14 @@ def base_command(plan: dict, text: dict[str, str]) -> list[str]:
 @functools.cache
 def knows_chats(base: str) -> bool:
     """Whether it is a folder, and its tokenizer has what conversations are written with."""
-    from aquila_sft.chat_template import encode_messages
+    from aquila_sft.stages.eval import needs_chat
     from aquila_sft.tokenizer import load_tokenizer
 
-    if not Path(base).expanduser().is_dir():
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
         return False
     try:
-        encode_messages(load_tokenizer(Path(base).expanduser()), [{"role": "user", "content": ""}])
+        needs_chat(folder, load_tokenizer(folder))
     except UserError:
         return False
     return True
