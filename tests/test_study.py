@@ -310,3 +310,9 @@ def test_a_whole_study_goes_on_where_it_was_broken_off_and_says_what_failed(tmp_
 
 
 NAMES = ["finals-default-2", "rate-high", "rate-none"]
+
+
+def test_a_base_without_a_tokenizer_is_said_before_any_run(tmp_path):
+    """It is not a base that knows no chats: nothing could be tuned."""
+    with pytest.raises(UserError, match=str(tmp_path)):
+        run.knows_chats(str(tmp_path))

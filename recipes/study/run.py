@@ -84,8 +84,9 @@ def knows_chats(base: str) -> bool:
     folder = Path(base).expanduser()
     if not folder.is_dir():
         return False
+    tokenizer = load_tokenizer(folder)
     try:
-        needs_chat(folder, load_tokenizer(folder))
+        needs_chat(folder, tokenizer)
     except UserError:
         return False
     return True
