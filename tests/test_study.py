@@ -312,7 +312,18 @@ def test_a_whole_study_goes_on_where_it_was_broken_off_and_says_what_failed(tmp_
 NAMES = ["finals-default-2", "rate-high", "rate-none"]
 
 
-def test_a_base_without_a_tokenizer_is_said_before_any_run(tmp_path):
-    """It is not a base that knows no chats: nothing could be tuned."""
+def test_a_base_that_cannot_be_tuned_is_said_before_any_run(tmp_path):
+    """Not there, or without a tokenizer, which is another thing than to know no chats."""
+    with pytest.raises(UserError, match=f"base: model.path={tmp_path}/none: no such folder"):
+        run.find_base(f"{tmp_path}/none")
     with pytest.raises(UserError, match=str(tmp_path)):
         run.knows_chats(str(tmp_path))
+    tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "tok"))
+    run.find_base(str(tmp_path / "base"))
+    assert run.knows_chats(str(tmp_path / "base"))
+
+
+def test_a_report_of_a_study_that_was_never_begun_is_one_line(tmp_path, capsys):
+    words = ["base=x", f"data.a={tmp_path}/a.jsonl", "axes.stages=null", "text=y"]
+    assert main([*words, f"out={tmp_path}/none", "only=report"]) == 2
+    assert capsys.readouterr().err == f"error: out={tmp_path}/none: no study lies there\n"

@@ -46,6 +46,8 @@ def study(words: list[str]) -> int:
     if only not in (None, REPORT, *axes):
         raise UserError(f"only={only} is no axis of the plan; it has {', '.join(sorted(axes))}, and {REPORT}")
     failed = {}
+    if only == REPORT and not Path(plan["out"]).is_dir():
+        raise UserError(f"out={plan['out']}: no study lies there")
     if only != REPORT:
         failed = train([one for one in runs if only is None or only in {axis for axis, _ in one.places}], plan)
     tell(runs, plan)
@@ -58,6 +60,7 @@ def study(words: list[str]) -> int:
 def train(chosen: list[plans.Run], plan: dict) -> dict[str, str]:
     """Those runs, and the base's figures; {name: why it failed}."""
     out = Path(plan["out"])
+    run.find_base(plan["base"])
     prepare(plan, out)
     text = split.texts(plan, out)
     jobs = {one.name: run.jobs_of(one, plan, text) for one in chosen}

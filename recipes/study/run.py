@@ -75,6 +75,17 @@ def base_command(plan: dict, text: dict[str, str]) -> list[str]:
     return words(about | {"output_dir": str(Path(plan["out"]) / "base")}) if tasks else []
 
 
+def find_base(base: str) -> None:
+    """A folder, or from the Hub. Raises UserError, once instead of in every run."""
+    from aquila_sft import hub, runtime
+
+    runtime.settle(offline=False)
+    try:
+        hub.model_folder(base, None)
+    except UserError as error:
+        raise UserError(f"base: {error}") from None
+
+
 @functools.cache
 def knows_chats(base: str) -> bool:
     """Whether it is a folder, and its tokenizer has what conversations are written with."""
