@@ -1,6 +1,7 @@
 """The comparison with TRL's own command is fair: it trains on the ids and labels that we do."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,3 +58,14 @@ def test_a_conversation_that_trl_would_tokenize_otherwise_stops_the_comparison(t
     words = f"model.path={tmp_path / 'tiny'} data.files={data} train.max_length=256 train.tokens_per_step=256 "
     with pytest.raises(SystemExit, match="TRL would train on other tokens of this conversation"):
         beside_trl.prepare((words + "train.max_steps=1 data.holdout_fraction=0").split(), tmp_path)
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path):
+    tiny_model(tmp_path / "tiny", tiny_tokenizer(tmp_path / "tok"))
+    words = [f"model.path={tmp_path}/tiny", f"data.files={tmp_path}/none.jsonl", "train.max_steps=1"]
+    done = subprocess.run([sys.executable, str(PATH), *words, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr.startswith(f"error: data.files={tmp_path}/none.jsonl: no such file")
+        and "\n" not in done.stderr[:-1]
+    )

@@ -185,6 +185,16 @@ def test_a_run_that_cannot_be_written_is_told_and_the_next_one_goes_on(tmp_path,
     assert run.done_in(tmp_path / "good") == ["good"]
 
 
+def test_why_a_run_ended_is_its_error_or_how_it_was_killed(tmp_path):
+    log = tmp_path / "1.log"
+    log.write_text("begins\n 1%\r 2%\nerror: no such file\nscale=mini: a demonstration\n")
+    assert run.reason(log, 2) == "error: no such file"
+    log.write_text("begins\n 1%\r 2%\n")
+    assert run.reason(log, -9) == "status -9; its last line:  2%"
+    log.write_text("")
+    assert run.reason(log, -9) == "status -9; its last line: "
+
+
 def test_another_split_never_replaces_the_one_that_runs_were_compared_on(tmp_path):
     write_jsonl(tmp_path / "chat.jsonl", tiny_conversations(60))
     rules = program.compose_run(["recipe=sft", "scale=135m", "model.path=x"]).data.clean

@@ -50,6 +50,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+from aquila_sft.errors import UserError  # noqa: E402
+
 TRIAL_STEPS = 4
 
 
@@ -370,4 +373,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -172,7 +172,7 @@ def run_all(jobs: dict[str, list[tuple[Path, list[str]]]], at_once: int, say: Ca
 
 
 def run_one(folder: Path, command: list[str], slot: int, at_once: int) -> str | None:
-    """None when it ended well, else its last line."""
+    """None when it ended well, else why."""
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     mine = cores[slot::at_once]
@@ -184,10 +184,16 @@ def run_one(folder: Path, command: list[str], slot: int, at_once: int) -> str | 
     log = folder.with_name(f"{folder.name}.log")
     status = train(command, log, env, mine if at_once > 1 else [])
     if status:
-        lines = log.read_text("utf-8", "replace").strip().splitlines() or [f"status {status}"]
-        return f"{lines[-1].split(chr(13))[-1]} ({log})"
+        return f"{reason(log, status)} ({log})"
     (folder / DONE).write_text(json.dumps(command), "utf-8")
     return None
+
+
+def reason(log: Path, status: int) -> str:
+    """What train.py said last of an end that was none; of a process that was killed its status and its last line."""
+    lines = [line.split("\r")[-1] for line in log.read_text("utf-8", "replace").strip().splitlines()] or [""]
+    said = (line for line in reversed(lines) if line.startswith(("error: ", "stopped: ")))
+    return next(said, f"status {status}; its last line: {lines[-1]}")
 
 
 def gpus_here() -> list[str]:
